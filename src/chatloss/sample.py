@@ -78,14 +78,16 @@ class Sample:
     """One training row of a conversation.
 
     `input_ids` is int32 [n]. `spans` partition [0, n) in order. `outcomes` maps the index of every assistant message of
-    the conversation to "exact", "split", "off_prompt", "altered" or "unrenderable". `source` is ``file:row``; all rows
-    of one conversation share it. The per-token arrays are derived from the spans when asked for.
+    the conversation that is a turn to "exact", "split", "off_prompt", "altered" or "unrenderable"; `untrained` says why
+    any assistant message is trained in no row. `source` is ``file:row``; all rows of one conversation share it. The
+    per-token arrays are derived from the spans when asked for.
     """
 
     input_ids: npt.NDArray[np.int32]
     spans: tuple[Span, ...]
     outcomes: Mapping[int, str] = field(default_factory=dict)
     source: str = ""
+    untrained: Mapping[int, str] = field(default_factory=dict)
     decode: Decode | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -141,11 +143,12 @@ class Sample:
             "messages": self.messages.tolist(),
             "reasons": self.reasons.tolist(),
             "outcomes": {str(message): outcome for message, outcome in self.outcomes.items()},
+            "untrained": {str(message): why for message, why in self.untrained.items()},
         }
 
     def __reduce__(self) -> tuple[object, ...]:
         # The decoder belongs to the process that encoded the row.
-        return (type(self), (self.input_ids, self.spans, dict(self.outcomes), self.source))
+        return (type(self), (self.input_ids, self.spans, dict(self.outcomes), self.source, dict(self.untrained)))
 
     def _repr_html_(self) -> str:
         from chatloss.view import sample_html

@@ -1,0 +1,302 @@
+"""ChatEncoder: a conversation in, rows out, in which every trained token is what the model must emit at inference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from chatloss.chat import Conversation, Message, split_think
+from chatloss.errors import DataError, TemplateError, TokenizerError
+from chatloss.load import Loaded, load_tokenizer, read_template
+from chatloss.policy import Policy
+from chatloss.reference import Rendering, Stops, Turn
+from chatloss.rows import TurnIds, group, sample, turn_ids
+from chatloss.sample import Reason, Sample
+from chatloss.template import ANSWER, USER, ChatTemplate, control_texts
+from chatloss.window import fit
+
+__all__ = ["ChatEncoder", "Encoding", "Problem"]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What a conversation has that the policy does not settle silently. `fatal`: `encode` refuses because of it."""
+
+    cause: str
+    message: int
+    detail: str
+    remedy: str
+    fatal: bool
+
+    def error(self, source: str) -> DataError:
+        where = f"messages[{self.message}]" if self.message >= 0 else ""
+        return DataError(self.detail, where=f"{source} {where}".strip(), hint=self.remedy, kind=self.cause)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """All that encoding found out about a conversation: its rows, the outcome of every turn, and the problems.
+
+    `outcomes` and `untrained` are as in `Sample`; `turns` holds the text of every turn that was looked at.
+    """
+
+    rows: list[Sample]
+    outcomes: Mapping[int, str]
+    untrained: Mapping[int, str]
+    problems: tuple[Problem, ...]
+    turns: tuple[Turn, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class ChatEncoder:
+    """Turns conversations into rows of ids with a weight and a reason for every token. Make one with `load`.
+
+    >>> from chatloss.demo import tokenizer_directory
+    >>> encoder = ChatEncoder.load(tokenizer_directory())
+    >>> row, = encoder.encode([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}])
+    >>> encoder.decode(row.input_ids[row.weights > 0])
+    'Hello!<|im_end|>'
+    """
+
+    loaded: Loaded
+    template: ChatTemplate
+    policy: Policy = field(default_factory=Policy)
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls, tokenizer: Any, chat_template: str | Mapping[str, str] | Path | None = None,
+        policy: Policy | None = None, *, template_kwargs: Mapping[str, Any] | None = None,
+        clock: Callable[[], datetime] = datetime.now,
+    ) -> ChatEncoder:
+        """An encoder for a directory, hub id, tokenizer object or ``text -> ids`` function.
+
+        `chat_template` (a template's text, a file, or several texts by name) replaces the tokenizer's own. `clock` is
+        the time that templates see. Raises `TokenizerError` or `TemplateError`.
+        """
+        loaded = tokenizer if isinstance(tokenizer, Loaded) else load_tokenizer(tokenizer)
+        source = chat_template if chat_template is not None else loaded.chat_template
+        if isinstance(source, Path) or (isinstance(source, str) and "\n" not in source and "{" not in source):
+            source = read_template(Path(source).expanduser())
+        if source is None:
+            raise TokenizerError(
+                f"the tokenizer {loaded.name} has no chat template", hint="give one with --chat-template FILE",
+            )
+        template = ChatTemplate(source, loaded.special_tokens, clock)
+        return cls(loaded, template, policy or Policy(), dict(template_kwargs or {}))
+
+    @property
+    def tokens(self) -> Any:
+        return self.loaded.tokens
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, control tokens included."""
+        return str(self.loaded.tokens.decode([int(i) for i in ids]))
+
+    # -- what tokenizer and template say together ------------------------------------------------------------------
+
+    @cached_property
+    def engine_stops(self) -> tuple[str, ...]:
+        """Texts at which engines stop: those of the generation config, then the tokenizer's EOS."""
+        texts = [self.loaded.tokens.token_text(i) for i in self.loaded.stop_ids]
+        eos = self.loaded.special_tokens.get("eos_token")
+        return tuple(dict.fromkeys(text for text in [*texts, eos] if text))
+
+    @cached_property
+    def stops(self) -> Stops:
+        """The texts that end a turn, by source: the template, the generation config, the tokenizer's EOS."""
+        answer, call = self.template.stops(self.loaded.tokens.special, self.engine_stops)
+        texts = tuple(dict.fromkeys(text for text in (answer, call, *self.engine_stops) if text))
+        fallback = next(iter(self.engine_stops), "")
+        return Stops(texts, answer or fallback, call or fallback)
+
+    @cached_property
+    def control(self) -> frozenset[str]:
+        """Texts that no message may hold: special tokens, and the template's own header and stop markers."""
+        known = self.loaded.tokens.special
+        found = {text for text in known if text.strip() and not _is_inner(text)}
+        found |= set(self.stops.texts)
+        shown = self.template.probe({"role": "assistant", "content": ANSWER}) or ""
+        text = shown.replace(USER, "\0").replace(ANSWER, "\0")
+        found |= {text[a:b] for a, b in control_texts(text, known)}
+        return frozenset(text for text in found if text.strip() and len(text) > 2)
+
+    @cached_property
+    def _forms(self) -> dict[str, str]:
+        formats = self.template.formats
+        content, arguments = self.policy.content_format, self.policy.tool_arguments
+        return {
+            "content": (formats.content or "string") if content == "auto" else content,
+            "arguments": (formats.arguments or "object") if arguments == "auto" else arguments,
+            "reasoning": formats.reasoning or "reasoning_content",
+        }
+
+    # -- encoding --------------------------------------------------------------------------------------------------
+
+    def encode(
+        self, messages: Any, tools: Any = None, template_kwargs: Any = None, source: str = ""
+    ) -> list[Sample]:
+        """The rows of one conversation (messages in OpenAI form, or a `Conversation`).
+
+        Raises `DataError` where the policy says "error"; the message names the turn and the flag that settles it.
+        """
+        if not isinstance(messages, Conversation):
+            messages = Conversation.from_messages(messages, tools, template_kwargs, source)
+        encoding = self.examine(messages)
+        for problem in encoding.problems:
+            if problem.fatal:
+                raise problem.error(messages.source)
+        return encoding.rows
+
+    def rendering(self, conversation: Conversation) -> Rendering:
+        """The conversation's prompts and own renderings under this template."""
+        return Rendering(
+            self.template, conversation, self.stops, missing_stop=self.policy.missing_stop,
+            template_kwargs=self.template_kwargs, **self._forms,
+        )
+
+    def examine(self, conversation: Conversation) -> Encoding:
+        """Rows, outcomes and problems of a conversation. Never raises for what a policy decides: problems say it."""
+        rendering = self.rendering(conversation)
+        problems = list(self._control_problems(conversation))
+        wanted, untrained = self._wanted(conversation)
+        turns = [rendering.turn(i) for i in wanted]
+        outcomes: dict[int, str] = {}
+        ready: list[TurnIds] = []
+        for turn in turns:
+            problem = self._problem(turn)
+            if problem is not None:
+                problems.append(problem)
+            made = self._turn_ids(turn, conversation.messages[turn.index])
+            outcomes[turn.index] = "exact" if turn.outcome == "reachable" else turn.outcome
+            if made is not None:
+                ready.append(made)
+            else:
+                untrained[turn.index] = turn.outcome
+        if any(problem.cause == "control_tokens" and problem.fatal for problem in problems):
+            ready = []  # what such text would become in the row is nobody's wish
+        groups = group(ready, self.policy.row_format)
+        unlawful: list[int] = []
+        if self.policy.row_format == "multi_turn" and len(groups) > 1:
+            unlawful = sorted(t.turn.index for members in groups[:-1] for t in members)
+            problems.append(self._one_row_problem(unlawful))
+            groups = groups[-1:]
+            if self.policy.unlawful == "error":
+                untrained.update(dict.fromkeys(unlawful, "split"))
+                unlawful = []
+        for members in groups[:-1]:
+            for t in members:
+                if outcomes[t.turn.index] == "exact":
+                    outcomes[t.turn.index] = "split"
+        rows: list[Sample] = []
+        for members in groups:
+            made_rows, cut, problem = fit(self, rendering, members, outcomes, untrained, unlawful)
+            rows += made_rows
+            untrained.update(dict.fromkeys(cut, "truncated"))
+            if problem is not None:
+                problems.append(problem)
+        if self.policy.max_length:  # what was cut is known only now
+            rows = [replace(row, untrained=dict(untrained)) for row in rows]
+        return Encoding(rows, outcomes, untrained, tuple(problems), tuple(turns))
+
+    def sample(
+        self, rendering: Rendering, members: Sequence[TurnIds], outcomes: Mapping[int, str],
+        untrained: Mapping[int, str], *, length: int = 0, unlawful: Sequence[int] = (),
+    ) -> Sample:
+        return sample(
+            rendering, members, self.policy, outcomes, untrained, self.decode, length=length, unlawful=unlawful
+        )
+
+    def _wanted(self, conversation: Conversation) -> tuple[list[int], dict[int, str]]:
+        """(indices of the turns, why the other assistant messages are not trained)."""
+        messages, policy = conversation.messages, self.policy
+        candidates = [i for i, message in enumerate(messages) if message.role in policy.roles]
+        chosen = set(candidates)
+        if policy.turns == "last":
+            chosen = set(candidates[-1:])
+        elif policy.turns == "last_round":
+            last_user = max((i for i, message in enumerate(messages) if message.role == "user"), default=-1)
+            chosen = {i for i in candidates if i > last_user}
+        chosen = {i for i in chosen if messages[i].train is not False and messages[i].weight != 0}
+        off = {i: "switched_off" for i in candidates if i not in chosen}
+        return sorted(chosen), off
+
+    def _turn_ids(self, turn: Turn, message: Message) -> TurnIds | None:
+        policy = self.policy
+        if turn.stop == "missing" and policy.missing_stop == "error" and turn.outcome == "reachable":
+            return None
+        if turn.outcome == "reachable":
+            return turn_ids(self.loaded.tokens, turn)
+        if turn.outcome == "altered" and policy.altered == "keep":
+            return turn_ids(self.loaded.tokens, turn)
+        if turn.outcome == "off_prompt" and policy.off_prompt == "keep" and turn.target:
+            return turn_ids(self.loaded.tokens, turn)
+        if turn.outcome == "off_prompt" and policy.off_prompt == "splice":
+            return turn_ids(self.loaded.tokens, self._spliced(turn, message), apart=True)
+        return None
+
+    def _spliced(self, turn: Turn, message: Message) -> Turn:
+        """The turn with its target written by the user's own format after the prompt that inference holds."""
+        inline, content = split_think(message.text)
+        stop = self.stops.call if message.tool_calls else self.stops.answer
+        form = self.policy.splice_format
+        try:
+            body = form.format(reasoning_content=message.reasoning or inline or "", content=content, stop="")
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"splice_format {form!r} does not format: {error}", hint="use {content}, {reasoning_content}, {stop}"
+            ) from None
+        spans = ((0, len(body), Reason.CONTENT), (len(body), len(body) + len(stop), Reason.STOP))
+        return replace(turn, prompt=turn.engine_prompt, target=body + stop, spans=tuple(s for s in spans if s[1] > s[0]))
+
+    # -- problems --------------------------------------------------------------------------------------------------
+
+    def _problem(self, turn: Turn) -> Problem | None:
+        policy, i = self.policy, turn.index
+        if turn.outcome == "off_prompt":
+            remedy = "--off-prompt drop|keep|splice, or another --template-kwargs"
+            return Problem("off_prompt", i, f"inference would not show this prompt before this answer: {turn.detail}",
+                           remedy, policy.off_prompt == "error")
+        if turn.outcome == "altered":
+            return Problem("altered", i, f"the template changes this answer: {turn.detail}",
+                           "--altered drop|keep, or a template that keeps it", policy.altered == "error")
+        if turn.outcome == "unrenderable":
+            return Problem("unrenderable", i, f"the template cannot render this turn: {turn.detail}",
+                           "--unrenderable drop, or mend the order of roles", policy.unrenderable == "error")
+        if turn.stop == "missing":
+            return Problem("missing_stop", i, "the answer is rendered without a stop",
+                           "--missing-stop append", policy.missing_stop == "error")
+        return None
+
+    def _one_row_problem(self, turns: Sequence[int]) -> Problem:
+        names = ", ".join(f"messages[{i}]" for i in turns)
+        return Problem(
+            "one_row", turns[0], f"one row cannot hold these turns as inference shows them: {names}",
+            "--row-format auto, or --unlawful keep", self.policy.unlawful == "error",
+        )
+
+    def _control_problems(self, conversation: Conversation) -> Sequence[Problem]:
+        found = []
+        for i, message in enumerate(conversation.messages):
+            texts = [message.text, message.reasoning or "", *(f"{c.name}\n{c.arguments}" for c in message.tool_calls)]
+            held = next((token for token in sorted(self.control) for text in texts if token in text), None)
+            if held is not None:
+                remedy = "remove it, or --control-tokens parity to encode it as one"
+                fatal = self.policy.control_tokens == "reject"
+                detail = f"the text holds the control token {held!r}"
+                found.append(Problem("control_tokens", i, detail, remedy, fatal))
+        return found
+
+
+def _is_inner(text: str) -> bool:
+    """Tags inside an answer are no control tokens, even where a tokenizer lists them as special."""
+    return any(word in text.lower() for word in ("think", "tool_call", "tool_response"))
+
+
+def template_error_as_data(error: TemplateError, source: str) -> DataError:
+    """A template's refusal told as a fault of the row that met it."""
+    return DataError(error.what, where=source, hint=error.hint, kind=error.kind)

@@ -1,0 +1,304 @@
+"""The spec of a turn, in text: render the history, render the answer last, and see what the model must emit itself.
+
+Every prefix is rendered, so this is quadratic in the number of turns and obviously right. Faster ways are tested
+against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+from chatloss.chat import Conversation, Message
+from chatloss.errors import TemplateError
+from chatloss.fields import SHORT, Field, Located, Missing, fields_of, locate, proven_place
+from chatloss.sample import Reason
+from chatloss.template import ChatTemplate
+
+__all__ = ["Rendering", "Stops", "Turn", "engine_message"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stops:
+    """The texts that end a turn. `texts`: all that may; `answer` and `call`: what is appended where none stands."""
+
+    texts: tuple[str, ...]
+    answer: str
+    call: str
+
+    def end(self, text: str, start: int) -> int | None:
+        """Where the first stop at or after `start` ends; of two that overlap, the one that ends first."""
+        ends = [(at, at + len(stop)) for stop in self.texts if (at := text.find(stop, start)) >= 0]
+        return min(ends, key=lambda place: place[1])[1] if ends else None
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What inference and training say of message `index`.
+
+    `outcome`: "reachable", "off_prompt", "altered" or "unrenderable", with `detail` in words. `prompt` is what the
+    engine holds, `target` what the model must emit, through the stop; `spans` are (start, end, reason) over `target`.
+    `stop` is "rendered", "appended" or "missing". `trimmed`: the template strips whitespace at the ends of a field.
+    `engine_prompt` is what inference holds where that differs from `prompt` (off_prompt only).
+    """
+
+    index: int
+    outcome: str
+    prompt: str = ""
+    target: str = ""
+    spans: tuple[tuple[int, int, Reason], ...] = ()
+    stop: str = "rendered"
+    trimmed: bool = False
+    detail: str = ""
+    engine_prompt: str = ""
+
+
+def engine_message(message: Message, content: str, arguments: str, reasoning: str) -> dict[str, Any]:
+    """The message in the form in which engines hand it to this template.
+
+    `content` "string" joins typed parts, "parts" makes them; `arguments` "object" parses JSON strings, "string" dumps
+    objects; `reasoning` is the key the template reads.
+    """
+    import orjson
+
+    out = message.to_dict()
+    if content == "parts" and isinstance(message.content, str):
+        out["content"] = [{"type": "text", "text": message.content}]
+    elif content == "string" and isinstance(message.content, tuple):
+        out["content"] = message.text
+    if message.reasoning is not None and reasoning != "reasoning_content":
+        out[reasoning] = message.reasoning
+    for call in out.get("tool_calls", ()):
+        function = call["function"]
+        if arguments == "object" and isinstance(function["arguments"], str):
+            try:
+                parsed = orjson.loads(function["arguments"])
+            except orjson.JSONDecodeError:
+                continue
+            if isinstance(parsed, dict):
+                function["arguments"] = parsed
+        elif arguments == "string" and not isinstance(function["arguments"], str):
+            import json
+
+            function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+    return out
+
+
+class Rendering:
+    """One conversation under one template: its prompts and own renderings, each rendered once.
+
+    `messages` are the dicts that the template sees; `refused` keeps the template's words where a text is None.
+    """
+
+    def __init__(
+        self, template: ChatTemplate, conversation: Conversation, stops: Stops, *, content: str = "string",
+        arguments: str = "object", reasoning: str = "reasoning_content", missing_stop: str = "append",
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.template = template
+        self.conversation = conversation
+        self.stops = stops
+        self.forms = (content, arguments, reasoning)
+        self.missing_stop = missing_stop
+        self.kwargs = {**(template_kwargs or {}), **conversation.template_kwargs}
+        self.refused: dict[tuple[int, bool], str] = {}
+        self._texts: dict[tuple[int, bool], str | None] = {}
+
+    @cached_property
+    def messages(self) -> list[dict[str, Any]]:
+        return [engine_message(message, *self.forms) for message in self.conversation.messages]
+
+    def text(self, count: int, prompt: bool = False) -> str | None:
+        """The first `count` messages rendered, with or without the generation prompt; None where refused."""
+        key = (count, prompt)
+        if key not in self._texts:
+            self._texts[key] = self._render(self.messages[:count], prompt, key)
+        return self._texts[key]
+
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], prompt: bool, key: tuple[int, bool] | None = None
+    ) -> str | None:
+        try:
+            return self.template.render(
+                messages, self.conversation.tools, add_generation_prompt=prompt, **self.kwargs
+            )
+        except TemplateError as error:
+            if error.kind != "refused":
+                raise
+            if key is not None:
+                self.refused[key] = error.what
+            return None
+
+    def prompt(self, index: int) -> str | None:
+        """What an engine holds before message `index`: an assistant's prompt ends in the generation prompt."""
+        return self.text(index, self.conversation.messages[index].role == "assistant")
+
+    def turn(self, index: int) -> Turn:
+        """The outcome of message `index` as a trained turn."""
+        message = self.conversation.messages[index]
+        prompt, own = self.prompt(index), self.text(index + 1)
+        if prompt is None or own is None:
+            assistant = message.role == "assistant"
+            why = self.refused.get((index, assistant)) or self.refused.get((index + 1, False), "")
+            return Turn(index, "unrenderable", detail=why)
+        fields = fields_of(message)
+        if not own.startswith(prompt):
+            return self._off_prompt(index, prompt, own, fields)
+        found = self._locate(index, own, len(prompt), fields)
+        if isinstance(found, Missing):
+            target = self._target(index, own, len(prompt), [], whole=True)
+            return replace(target, outcome="altered", prompt=prompt, detail=f"the rendering lacks the {found.name}")
+        return replace(self._target(index, own, len(prompt), found), prompt=prompt)
+
+    def _off_prompt(self, index: int, prompt: str, own: str, fields: list[Field]) -> Turn:
+        at = next((i for i, (a, b) in enumerate(zip(prompt, own, strict=False)) if a != b), min(len(prompt), len(own)))
+        detail = f"the prompt has {prompt[at : at + 24]!r} where the rendering has {own[at : at + 24]!r}"
+        found = locate(own, fields, _common(self.text(index) or "", own))
+        if isinstance(found, Missing) or not found:
+            return Turn(index, "off_prompt", detail=detail, engine_prompt=prompt)
+        # What "keep" would train: the fields where they stand, through the stop.
+        start = found[0][0]
+        kept = self._target(index, own, start, found)
+        return replace(kept, outcome="off_prompt", prompt=own[:start], detail=detail, engine_prompt=prompt)
+
+    def _locate(self, index: int, own: str, start: int, fields: list[Field]) -> Located | Missing:
+        proven: dict[int, tuple[int, int]] = {}
+        for i, field in enumerate(fields):
+            if field.reason == Reason.CALL or len(field.text) > SHORT:
+                continue
+            place = proven_place(field, own, partial(self._with_field, index, field))
+            if isinstance(place, Missing):
+                return place
+            if place is not None and place[0] >= start:
+                proven[i] = place
+        found = locate(own, fields, start)
+        if isinstance(found, Missing) or not proven or len(found) != len(fields):
+            return found
+        places = list(found)
+        for i, place in proven.items():
+            if found[i][2] == fields[i].reason:
+                places[i] = (*place, fields[i].reason)
+        return places if sorted(places) == places else found
+
+    def _with_field(self, index: int, field: Field, other: str) -> str | None:
+        """The own rendering of message `index` with one text field replaced by `other`."""
+        message = self.conversation.messages[index]
+        if field.reason == Reason.REASONING and message.reasoning and message.reasoning.strip() == field.text:
+            message = replace(message, reasoning=message.reasoning.replace(field.text, other, 1))
+        elif field.reason == Reason.CONTENT and isinstance(message.content, str):
+            head, _, tail = message.content.rpartition(field.text)
+            message = replace(message, content=f"{head}{other}{tail}")
+        else:
+            return None
+        return self._render([*self.messages[:index], engine_message(message, *self.forms)], False)
+
+    def _target(self, index: int, own: str, start: int, found: Located, whole: bool = False) -> Turn:
+        """The turn's target text from `start` through its stop, with the reason of every character."""
+        message = self.conversation.messages[index]
+        fields_end = found[-1][1] if found else (len(own) if whole else start)
+        end = self.stops.end(own, max(start, fields_end))
+        if whole and end is None:
+            end = self.stops.end(own, start)
+        stop, kind = "", "rendered"
+        if end is None:
+            end = self._tail_end(own, max(fields_end, start), message)
+            stop = self.stops.call if message.tool_calls else self.stops.answer
+            kind = "appended" if self.missing_stop == "append" and stop else "missing"
+            stop = stop if kind == "appended" else ""
+            stop_start = end
+        else:
+            stop_start = end - max(len(text) for text in self.stops.texts if own.endswith(text, 0, end))
+        target = own[start:end] + stop
+        spans = _reasons(found, start, stop_start, headless=self._headless(index))
+        if len(target) > stop_start - start:
+            spans.append((stop_start - start, len(target), Reason.STOP))
+        trimmed = any(
+            text != text.strip() and text not in target
+            for text in (message.text, message.reasoning or "") if text.strip()
+        )
+        return Turn(index, "reachable", target=target, spans=tuple(spans), stop=kind, trimmed=trimmed)
+
+    def _tail_end(self, own: str, fields_end: int, message: Message) -> int:
+        """Where a turn without a rendered stop ends: after its closing markup and the answer's own trailing space."""
+        content = message.text
+        trailing = content[len(content.rstrip()) :] if not message.tool_calls else ""
+        while trailing and not own.startswith(trailing, fields_end):
+            trailing = trailing[:-1]
+        return max(fields_end + len(trailing), len(own.rstrip()))
+
+    def _headless(self, index: int) -> bool:
+        """Whether the generation prompt leaves the header to the model."""
+        return self.conversation.messages[index].role != "assistant" or self.text(index) == self.text(index, True)
+
+    # -- whose text is whose ---------------------------------------------------------------------------------------
+
+    def regions(self, text: str, count: int) -> list[tuple[int, int, int]]:
+        """(start, end, message) for the first `count` messages as they stand in `text`, a rendering of more of them.
+
+        Exact where shorter renderings are prefixes; where a template rewrites history, a message ends behind its text.
+        """
+        bounds, at = [], 0
+        for i in range(count):
+            prefix = self.text(i + 1)
+            if prefix is not None and text.startswith(prefix):
+                end = len(prefix)
+            else:
+                end = self._end_by_text(text, at, i, prefix)
+            end = max(at, min(end, len(text)))
+            bounds.append((at, end, i))
+            at = end
+        return bounds
+
+    def _end_by_text(self, text: str, at: int, index: int, prefix: str | None) -> int:
+        message = self.conversation.messages[index]
+        found = locate(text, fields_of(message), at)
+        if isinstance(found, Missing):  # the template drops part of it: look for the answer alone
+            found = locate(text, [f for f in fields_of(message) if f.reason == Reason.CONTENT], at)
+        if isinstance(found, Missing) or not found:
+            return max(at, _common(prefix or "", text))
+        end = found[-1][1]
+        # What the shorter rendering writes behind the same words belongs to the message as far as it stands here too.
+        words = text[max(found[-1][0], end - SHORT) : end]
+        at = prefix.rfind(words) if prefix else -1
+        return end + _common(prefix[at + len(words) :], text[end:]) if prefix and at >= 0 else end
+
+
+def _reasons(found: Located, start: int, end: int, headless: bool) -> list[tuple[int, int, Reason]]:
+    """Spans over own[start:end], relative to start: markup around a field takes the reason of what it belongs to."""
+    spans: list[tuple[int, int, Reason]] = []
+    at = start
+    for i, (_, field_end, reason) in enumerate(found):
+        field_start = max(found[i][0], at)
+        if field_start > at:
+            if i == 0:
+                between: Reason = Reason.HEADER if headless or reason == Reason.CONTENT else reason
+            else:
+                before = found[i - 1][2]
+                between = before if reason == Reason.CONTENT else reason
+                if before == Reason.REASONING:
+                    between = Reason.REASONING
+            spans.append((at - start, field_start - start, between))
+        if field_end > field_start:
+            spans.append((field_start - start, field_end - start, reason))
+        at = max(at, field_end)
+    if end > at:
+        last = found[-1][2] if found else Reason.HEADER
+        spans.append((at - start, end - start, last))
+    return spans
+
+
+def _common(a: str, b: str) -> int:
+    """The length of the common prefix of two texts."""
+    size = min(len(a), len(b))
+    if a[:size] == b[:size]:
+        return size
+    low, high = 0, size
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[:middle] == b[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

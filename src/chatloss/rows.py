@@ -1,0 +1,231 @@
+"""Turns to rows: the ids of each turn's context and target, who may share a row, and a reason for every token."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from chatloss.chat import Message
+from chatloss.errors import DataError
+from chatloss.fields import Missing, fields_of, locate
+from chatloss.policy import Policy
+from chatloss.reference import Rendering, Turn
+from chatloss.sample import Decode, Reason, Sample, Span
+from chatloss.tokens import Encoded, Ids, Tokens
+
+__all__ = ["TurnIds", "group", "sample", "turn_ids"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TurnIds:
+    """One turn as ids: `ids[:context]` is what the engine holds, the rest what the model must emit.
+
+    `starts` are character positions in `text` (prompt + target), or None. `joined`: the ids are those of the whole text;
+    else a token would have straddled the boundary, and the target is encoded on its own.
+    """
+
+    turn: Turn
+    text: str
+    ids: Ids
+    context: int
+    starts: npt.NDArray[np.int32] | None
+    joined: bool
+    tokens: Tokens
+
+    def token_at(self, char: int) -> int:
+        """The index of the first token that starts at or after character `char` of `text`."""
+        if self.starts is not None:
+            return int(np.searchsorted(self.starts, char, side="left"))
+        prompt = len(self.turn.prompt)
+        if self.joined or char <= prompt:
+            return min(_shared(self.tokens.encode(self.text[:char]).ids, self.ids), len(self.ids))
+        tail = self.tokens.encode_segment(self.text[prompt:char]).ids
+        return self.context + _shared(tail, self.ids[self.context :])
+
+
+def turn_ids(tokens: Tokens, turn: Turn, *, apart: bool = False) -> TurnIds:
+    """The ids of a turn; `apart` encodes the target on its own in any case (spliced targets).
+
+    Raises `DataError` where the ids taken apart do not decode to the text, although the joint ids do.
+    """
+    text = turn.prompt + turn.target
+    context, joint = tokens.encode(turn.prompt), tokens.encode(text)
+    n = len(context.ids)
+    if not apart and _boundary_is_clean(context.ids, joint, len(turn.prompt)):
+        return TurnIds(turn, text, joint.ids, n, joint.starts, True, tokens)
+    target = tokens.encode_segment(turn.target)
+    ids = np.concatenate([context.ids, target.ids])
+    starts = None
+    if context.starts is not None and target.starts is not None:
+        starts = np.concatenate([context.starts, target.starts + np.int32(len(turn.prompt))])
+    if tokens.decode(joint.ids.tolist()) == text != tokens.decode(ids.tolist()):
+        raise DataError(
+            "the tokenizer cannot encode this answer apart from its prompt", where=f"messages[{turn.index}]",
+            hint="please report this tokenizer; leave the turn out with train: false", kind="boundary",
+        )
+    return TurnIds(turn, text, ids, n, starts, False, tokens)
+
+
+def _boundary_is_clean(context: Ids, joint: Encoded, char: int) -> bool:
+    n = len(context)
+    if len(joint.ids) < n or not np.array_equal(joint.ids[:n], context):
+        return False
+    if joint.starts is None or joint.ends is None or n == 0 or n == len(joint.ids):
+        return True
+    # Equal ids are not enough: a token such as Phi-3's <|assistant|> swallows the whitespace to its right.
+    return bool(joint.starts[n] >= char and joint.ends[n - 1] <= char)
+
+
+def _shared(a: Ids, b: Ids) -> int:
+    size = min(len(a), len(b))
+    differing = np.flatnonzero(a[:size] != b[:size])
+    return int(differing[0]) if len(differing) else size
+
+
+def group(turns: Sequence[TurnIds], row_format: str) -> list[list[TurnIds]]:
+    """Rows as lists of turns, the last of each being its base: the fewest in which every turn is lawful.
+
+    A turn may share a row exactly if the row begins with its context ids and its target ids.
+    """
+    rows: list[list[TurnIds]] = []
+    left = sorted(turns, key=lambda t: (len(t.ids), t.turn.index))
+    while left:
+        base = left.pop()
+        members = [base]
+        if row_format != "per_turn":
+            members += [t for t in left if np.array_equal(base.ids[: len(t.ids)], t.ids) and len(t.ids) <= base.context]
+            taken = {id(t) for t in members}
+            left = [t for t in left if id(t) not in taken]
+        rows.append(sorted(members, key=lambda t: t.turn.index))
+    return sorted(rows, key=lambda row: row[-1].turn.index)
+
+
+def sample(
+    rendering: Rendering, members: Sequence[TurnIds], policy: Policy, outcomes: Mapping[int, str],
+    untrained: Mapping[int, str], decode: Decode, *, length: int = 0, unlawful: Iterable[int] = (),
+) -> Sample:
+    """The row of `members`; `length` cuts it; turns in `unlawful` are trained where they happen to stand in it."""
+    base = members[-1]
+    n = len(base.ids)
+    message, reason, weight = np.full(n, -1, np.int32), np.full(n, Reason.SCAFFOLD, np.uint8), np.zeros(n, np.float32)
+    messages = rendering.conversation.messages
+    status = {**outcomes, **untrained}
+
+    for start, end, i in rendering.regions(base.turn.prompt, base.turn.index):
+        message[base.token_at(start) : base.token_at(end)] = i
+        found = locate(base.text[:end], fields_of(messages[i]), start)
+        if isinstance(found, Missing):
+            found = _whatever_is_there(base.text, start, end, messages[i])
+        for a, b, _ in found:
+            reason[base.token_at(a) : base.token_at(b)] = _why_not(messages[i], i, status, policy)
+        prompt, plain = rendering.prompt(i), rendering.text(i)
+        if prompt is not None and plain is not None and prompt != plain and base.text.startswith(prompt):
+            reason[base.token_at(len(plain)) : base.token_at(len(prompt))] = Reason.GENERATION_PROMPT
+    history = rendering.text(base.turn.index)
+    if history is not None and base.turn.prompt.startswith(history):
+        at = base.token_at(len(history))
+        message[at : base.context], reason[at : base.context] = base.turn.index, Reason.GENERATION_PROMPT
+
+    for member in members:
+        _paint(member, messages[member.turn.index], policy, len(member.turn.prompt), message, reason, weight)
+    for i in unlawful:
+        _paint_where_it_stands(rendering, base, i, policy, message, reason, weight)
+    if n:
+        weight[0] = 0.0  # nothing predicts the first token
+        reason[0] = Reason.SCAFFOLD if reason[0] < Reason.GENERATION_PROMPT else reason[0]
+    keep = min(length, n) if length else n
+    return Sample(
+        base.ids[:keep], _spans(message[:keep], reason[:keep], weight[:keep]), dict(outcomes),
+        rendering.conversation.source, dict(untrained), decode,
+    )
+
+
+def _why_not(message: Message, index: int, status: Mapping[int, str], policy: Policy) -> Reason:
+    if message.role not in policy.roles:
+        return Reason.OTHER_ROLE
+    return _STATUS.get(status.get(index, "split"), Reason.SPLIT)
+
+
+_STATUS = {
+    "exact": Reason.SPLIT, "split": Reason.SPLIT, "off_prompt": Reason.OFF_PROMPT, "altered": Reason.ALTERED,
+    "unrenderable": Reason.UNRENDERABLE, "switched_off": Reason.SWITCHED_OFF, "truncated": Reason.TRUNCATED,
+}
+
+
+def _whatever_is_there(text: str, start: int, end: int, message: Message) -> list[tuple[int, int, Reason]]:
+    """The fields of a message that a rewriting template still shows."""
+    found = []
+    for field in fields_of(message):
+        at = locate(text[:end], [field], start)
+        if not isinstance(at, Missing):
+            found += at
+    return found
+
+
+def _paint(
+    member: TurnIds, data: Message, policy: Policy, at: int, message: npt.NDArray[np.int32],
+    reason: npt.NDArray[np.uint8], weight: npt.NDArray[np.float32],
+) -> None:
+    """Write a turn's targets into the row. `at`: where its target begins in its text."""
+    end = len(member.ids)
+    message[member.context : end] = member.turn.index
+    for a, b, why in member.turn.spans:
+        first, last = max(member.token_at(at + a), member.context), member.token_at(at + b)
+        reason[first:last] = why
+        weight[first:last] = _weight(why, data, policy)
+    if policy.spans:
+        _paint_patterns(member, policy, at, weight)
+    off = weight[member.context : end] == 0
+    reason[member.context : end][off] = Reason.SWITCHED_OFF
+
+
+def _paint_patterns(member: TurnIds, policy: Policy, at: int, weight: npt.NDArray[np.float32]) -> None:
+    for a, b, why in member.turn.spans:
+        if why not in (Reason.CONTENT, Reason.REASONING, Reason.CALL):
+            continue
+        part = member.text[at + a : at + b]
+        for pattern, factor in policy.spans:
+            for match in re.finditer(pattern, part):
+                first, last = member.token_at(at + a + match.start()), member.token_at(at + a + match.end())
+                weight[max(first, member.context) : last] = factor
+
+
+def _weight(why: Reason, data: Message, policy: Policy) -> float:
+    part = {Reason.REASONING: "reasoning", Reason.CONTENT: "content", Reason.CALL: "calls"}.get(why)
+    if part is not None and part not in policy.parts:
+        return 0.0
+    return 1.0 if data.weight is None else data.weight
+
+
+def _paint_where_it_stands(
+    rendering: Rendering, base: TurnIds, index: int, policy: Policy, message: npt.NDArray[np.int32],
+    reason: npt.NDArray[np.uint8], weight: npt.NDArray[np.float32],
+) -> None:
+    """`unlawful = "keep"`: train what the row has of a turn, through its stop, although inference never shows it so."""
+    data = rendering.conversation.messages[index]
+    start = next((a for a, _, i in rendering.regions(base.turn.prompt, base.turn.index) if i == index), 0)
+    found = _whatever_is_there(base.text, start, len(base.text), data)
+    if not found:
+        return
+    end = rendering.stops.end(base.text, found[-1][1]) or found[-1][1]
+    for a, b, why in [*found, (found[-1][1], end, Reason.STOP)]:
+        first, last = base.token_at(a), base.token_at(b)
+        message[first:last], reason[first:last], weight[first:last] = index, why, _weight(why, data, policy)
+
+
+def _spans(
+    message: npt.NDArray[np.int32], reason: npt.NDArray[np.uint8], weight: npt.NDArray[np.float32]
+) -> tuple[Span, ...]:
+    if not len(message):
+        return ()
+    changes = (np.diff(message) != 0) | (np.diff(reason) != 0) | (np.diff(weight) != 0)
+    edges = [0, *(np.flatnonzero(changes) + 1).tolist(), len(message)]
+    return tuple(
+        Span(a, b, int(message[a]), float(weight[a]), Reason(int(reason[a])))
+        for a, b in pairwise(edges)
+    )

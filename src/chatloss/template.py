@@ -1,0 +1,263 @@
+"""A chat template: compiled once, rendered as transformers renders it, and probed for the formats and stops it uses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+from jinja2 import Template
+from jinja2.exceptions import TemplateError as JinjaError
+from jinja2.exceptions import TemplateSyntaxError
+
+from chatloss.chat import REASONING_KEYS
+from chatloss.errors import TemplateError
+from chatloss.sandbox import Bounds, Exceeded, Sandbox
+
+__all__ = ["ChatTemplate", "Formats"]
+
+Messages = Sequence[Mapping[str, Any]]
+
+# Texts that no template branches on, and that survive stripping, splitting and JSON.
+USER, ANSWER, THOUGHT, ARGUMENT, NEXT = "QxUserx1", "QxAnswerx2", "QxThoughtx3", "QxArgumentx4", "QxNextx5"
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "lookup",
+        "description": "Looks a word up.",
+        "parameters": {
+            "type": "object",
+            "properties": {"word": {"type": "string", "description": "The word."}},
+            "required": ["word"],
+        },
+    },
+}
+# What looks like a control token where a template writes it: <|x|>, </s>, [INST], <start_of_turn>, and full-width bars.
+MARKER = re.compile(r"<[|｜]?[^<>|｜\s]{1,48}[|｜]?>|<[|｜][^<>]{1,48}[|｜]>|\[/?[A-Z][A-Z_]{1,30}\]")
+_ANOTHER = "the template is hostile or broken: give another with --chat-template FILE"
+_INNER = re.compile(r"think|tool|reason|answer|arg|param|function|call|invoke|channel|message", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Formats:
+    """How a template wants its input, found by probing. None: it renders that field in no form.
+
+    `content`: "string" or "parts". `arguments`: "object" or "string". `reasoning`: the key it reads.
+    """
+
+    content: str | None
+    arguments: str | None
+    reasoning: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class ChatTemplate:
+    """One template text, or several by name ("default", "tool_use"), and the special tokens it is rendered with.
+
+    `render` gives the same text as ``transformers.apply_chat_template(..., tokenize=False)``. `clock` is what
+    ``strftime_now`` reads. Raises `TemplateError` where the template does not compile, raises, or exceeds `bounds`.
+
+    >>> ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}").render(
+    ...     [{"role": "user", "content": "hi"}])
+    'user: hi\\n'
+    """
+
+    source: str | Mapping[str, str]
+    special_tokens: Mapping[str, Any] = field(default_factory=dict)
+    clock: Callable[[], datetime] = datetime.now
+    bounds: Bounds = field(default_factory=Bounds)
+
+    @cached_property
+    def _sandbox(self) -> Sandbox:
+        return Sandbox(self.clock, self.bounds)
+
+    @cached_property
+    def _compiled(self) -> dict[str, Template]:
+        return {}
+
+    def select(self, tools: object = None) -> tuple[str, str]:
+        """(name, text) of the template that serves a conversation with or without tools, as transformers chooses."""
+        if isinstance(self.source, str):
+            return "default", self.source
+        name = "tool_use" if tools is not None and "tool_use" in self.source else "default"
+        if name not in self.source:
+            raise TemplateError(
+                f"the tokenizer has the templates {', '.join(sorted(self.source))} and none named default",
+                hint="choose one with --chat-template FILE",
+            )
+        return name, self.source[name]
+
+    def render(
+        self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None, *,
+        add_generation_prompt: bool = False, documents: Sequence[Mapping[str, Any]] | None = None, **kwargs: Any,
+    ) -> str:
+        """The text of `messages`; keyword arguments reach the template and override special tokens."""
+        name, text = self.select(tools)
+        if name not in self._compiled:
+            self._compiled[name] = self._compile(text)
+        self._sandbox.start()
+        try:
+            return self._compiled[name].render(
+                messages=[_aliased(message) for message in messages],
+                tools=None if tools is None else list(tools),
+                documents=None if documents is None else list(documents),
+                add_generation_prompt=add_generation_prompt,
+                **{**self.special_tokens, **kwargs},
+            )
+        except Exceeded as error:
+            raise TemplateError(str(error), hint=_ANOTHER, kind="bounds") from None
+        except RecursionError:
+            raise TemplateError("the template recurses without end", hint=_ANOTHER, kind="bounds") from None
+        except MemoryError:
+            raise TemplateError("the template ran out of memory", hint=_ANOTHER, kind="bounds") from None
+        except Exception as error:  # a stranger's code: whatever it raises is its refusal of this conversation
+            raise TemplateError(
+                f"the chat template refuses these messages: {_one_line(error)}",
+                hint="see `chatloss template` for what it accepts", kind="refused",
+            ) from None
+
+    def _compile(self, text: str) -> Template:
+        try:
+            return self._sandbox.from_string(text)
+        except TemplateSyntaxError as error:
+            raise TemplateError(
+                f"the chat template does not compile: {error.message}", where=f"line {error.lineno}", kind="syntax"
+            ) from None
+        except (JinjaError, RecursionError, MemoryError, ValueError, SyntaxError, OverflowError, TypeError) as error:
+            raise TemplateError(f"the chat template does not compile: {_one_line(error)}", kind="syntax") from None
+
+    # -- probes ----------------------------------------------------------------------------------------------------
+
+    def probe(self, *turns: Mapping[str, Any], tools: object = None, parts: bool = False, **kwargs: Any) -> str | None:
+        """The text of a user message followed by `turns` (a system message before it if need be); None if refused."""
+        wanted = tools if isinstance(tools, list) else None
+        for opening in ([], [{"role": "system", "content": "QxSystemx0"}]):
+            messages = [*opening, {"role": "user", "content": USER}, *turns]
+            if parts:
+                messages = [_as_parts(message) for message in messages]
+            try:
+                return self.render(messages, wanted, **kwargs)
+            except TemplateError as error:
+                if error.kind != "refused":
+                    raise
+        return None
+
+    @cached_property
+    def formats(self) -> Formats:
+        """The content, argument and reasoning formats, each the first of the usual ones that reaches the text."""
+        answer = {"role": "assistant", "content": ANSWER}
+        content = next(
+            (name for name in ("string", "parts")
+             if (text := self.probe(answer, parts=name == "parts")) and USER in text and _once(ANSWER, text)), None,
+        )
+        parts = content == "parts"
+        arguments = None
+        for name, value in (("object", {"word": ARGUMENT}), ("string", f'{{"word": "{ARGUMENT}"}}')):
+            text = self.probe(call_message(value), tools=[TOOL], parts=parts)
+            if text and ARGUMENT in text and '\\"word\\"' not in text:
+                arguments = name
+                break
+        reasoning = next(
+            (key for key in ("reasoning_content", "reasoning")
+             if THOUGHT in (self.probe({**answer, key: THOUGHT}, parts=parts) or "")), None,
+        )
+        return Formats(content, arguments, reasoning)
+
+    def after_answer(self, *following: Mapping[str, Any]) -> str | None:
+        """What the template writes between an answer and `following` (or the end): where its stop is. None: refused."""
+        parts = self.formats.content == "parts"
+        text = self.probe({"role": "assistant", "content": ANSWER}, *following, parts=parts)
+        return _between(text, ANSWER)
+
+    def after_call(self, *following: Mapping[str, Any]) -> str | None:
+        """The same for an answer that is a tool call."""
+        value: Any = {"word": ARGUMENT} if self.formats.arguments != "string" else f'{{"word": "{ARGUMENT}"}}'
+        parts = self.formats.content == "parts"
+        text = self.probe(call_message(value), *following, tools=[TOOL], parts=parts)
+        return _between(text, ARGUMENT)
+
+    def stops(self, control: Iterable[str] = (), engine_stops: Sequence[str] = ()) -> tuple[str, str]:
+        """(stop of an answer, stop of a call) as texts; "" where the template shows none.
+
+        `control`: the tokenizer's special tokens. `engine_stops`: the texts of the generation config's end ids, then
+        the tokenizer's EOS. A stop is the run of control tokens that the template puts after an answer, cut after the
+        first that an engine stops at; if it ends an answer with nothing, the first control token of what comes next.
+        """
+        known = set(control) | set(engine_stops)
+        user, tool = {"role": "user", "content": NEXT}, {"role": "tool", "content": NEXT, "tool_call_id": "call00001"}
+        answer = stop_in(self.after_answer(), known, engine_stops)
+        answer = answer or stop_in(self.after_answer(user), known, engine_stops, header=True)
+        call = stop_in(self.after_call(), known, engine_stops)
+        call = call or stop_in(self.after_call(tool), known, engine_stops, header=True)
+        return answer, call or answer
+
+
+def call_message(arguments: Any) -> dict[str, Any]:
+    call = {"id": "call00001", "type": "function", "function": {"name": "lookup", "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+def control_texts(text: str, known: Iterable[str] = ()) -> list[tuple[int, int]]:
+    """(start, end) of each control token in a template's own text, in order: special tokens, and markers like them.
+
+    >>> control_texts("</think> <|im_end|>", [])
+    [(9, 19)]
+    """
+    special = sorted((re.escape(token) for token in known if token.strip()), key=len, reverse=True)
+    pattern = re.compile("|".join([*special, MARKER.pattern]))
+    spans = [(match.start(), match.end()) for match in pattern.finditer(text)]
+    kept = set(known)
+    return [(a, b) for a, b in spans if text[a:b] in kept or not _INNER.search(text[a:b])]
+
+
+def stop_in(text: str | None, known: Iterable[str], engine_stops: Sequence[str], header: bool = False) -> str:
+    """The stop in what a template writes after an answer; `header`: another message follows, so only one token of it.
+
+    >>> stop_in("<|im_end|>\\n", [], []), stop_in("\\n<|user|>\\n", [], [], header=True)
+    ('<|im_end|>', '<|user|>')
+    """
+    if not text:
+        return ""
+    spans = control_texts(text, known)
+    if not spans:
+        # A template may end an answer with plain text ("### End"); the closers of a JSON call are no stop.
+        return "" if header or not text.strip("\"'}]) \n\t") else text.strip()
+    start, end = last = spans[0]
+    for a, b in () if header else spans[1:]:
+        if text[last[0] : last[1]] in engine_stops or a != end:
+            break
+        end, last = b, (a, b)
+    return text[start:end]
+
+
+def _between(text: str | None, before: str) -> str | None:
+    if text is None or before not in text:
+        return None
+    tail = text.rsplit(before, 1)[1]
+    return tail.split(NEXT, 1)[0]
+
+
+def _aliased(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message without null fields, its reasoning under the names that templates read (as transformers aliases)."""
+    plain = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((plain[key] for key in REASONING_KEYS if key in plain), None)
+    return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
+def _as_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    if not isinstance(content, str):
+        return dict(message)
+    return {**message, "content": [{"type": "text", "text": content}]}
+
+
+def _once(needle: str, text: str) -> bool:
+    # A template that prints a parts list as Python shows the text too, but inside quotes and braces.
+    return needle in text and f"'{needle}'" not in text
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{error}".split())[:300] or type(error).__name__
