@@ -16,7 +16,7 @@ from chatloss.policy import Policy
 from chatloss.reference import Rendering, Stops, Turn
 from chatloss.rows import TurnIds, group, sample, turn_ids
 from chatloss.sample import Reason, Sample
-from chatloss.template import ANSWER, USER, ChatTemplate, control_texts
+from chatloss.template import ANSWER, USER, ChatTemplate, Stop, control_texts
 from chatloss.window import fit
 
 __all__ = ["ChatEncoder", "Encoding", "Problem"]
@@ -110,9 +110,9 @@ class ChatEncoder:
     def stops(self) -> Stops:
         """The texts that end a turn, by source: the template, the generation config, the tokenizer's EOS."""
         answer, call = self.template.stops(self.loaded.tokens.special, self.engine_stops)
-        texts = tuple(dict.fromkeys(text for text in (answer, call, *self.engine_stops) if text))
-        fallback = next(iter(self.engine_stops), "")
-        return Stops(texts, answer or fallback, call or fallback)
+        texts = tuple(dict.fromkeys(text for text in (answer.text, call.text, *self.engine_stops) if text))
+        eos = next(iter(self.engine_stops), "")
+        return Stops(texts, answer if answer.text else Stop(eos, eos), call if call.text else Stop(eos, eos))
 
     @cached_property
     def control(self) -> frozenset[str]:
@@ -242,7 +242,7 @@ class ChatEncoder:
     def _spliced(self, turn: Turn, message: Message) -> Turn:
         """The turn with its target written by the user's own format after the prompt that inference holds."""
         inline, content = split_think(message.text)
-        stop = self.stops.call if message.tool_calls else self.stops.answer
+        stop = (self.stops.call if message.tool_calls else self.stops.answer).text
         form = self.policy.splice_format
         try:
             body = form.format(reasoning_content=message.reasoning or inline or "", content=content, stop="")
@@ -251,7 +251,8 @@ class ChatEncoder:
                 f"splice_format {form!r} does not format: {error}", hint="use {content}, {reasoning_content}, {stop}"
             ) from None
         spans = ((0, len(body), Reason.CONTENT), (len(body), len(body) + len(stop), Reason.STOP))
-        return replace(turn, prompt=turn.engine_prompt, target=body + stop, spans=tuple(s for s in spans if s[1] > s[0]))
+        kept = tuple(span for span in spans if span[1] > span[0])
+        return replace(turn, prompt=turn.engine_prompt, target=body + stop, spans=kept)
 
     # -- problems --------------------------------------------------------------------------------------------------
 

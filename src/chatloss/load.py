@@ -107,7 +107,7 @@ def _from_directory(directory: Path, file: str, name: str) -> Loaded:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception for a broken file
         raise TokenizerError(f"{path} is not a tokenizer: {str(error)[:200]}", hint="download it again") from None
-    tokens = FastTokens(tokenizer)
+    tokens = FastTokens(tokenizer, owned=True)
     config = _json(directory / "tokenizer_config.json")
     special = _special_tokens(config, _json(directory / "special_tokens_map.json"))
     return Loaded(

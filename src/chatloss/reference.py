@@ -15,7 +15,7 @@ from chatloss.chat import Conversation, Message
 from chatloss.errors import TemplateError
 from chatloss.fields import SHORT, Field, Located, Missing, fields_of, locate, proven_place
 from chatloss.sample import Reason
-from chatloss.template import ChatTemplate
+from chatloss.template import ChatTemplate, Stop
 
 __all__ = ["Rendering", "Stops", "Turn", "engine_message"]
 
@@ -25,8 +25,8 @@ class Stops:
     """The texts that end a turn. `texts`: all that may; `answer` and `call`: what is appended where none stands."""
 
     texts: tuple[str, ...]
-    answer: str
-    call: str
+    answer: Stop
+    call: Stop
 
     def end(self, text: str, start: int) -> int | None:
         """Where the first stop at or after `start` ends; of two that overlap, the one that ends first."""
@@ -201,15 +201,14 @@ class Rendering:
         end = self.stops.end(own, max(start, fields_end))
         if whole and end is None:
             end = self.stops.end(own, start)
-        stop, kind = "", "rendered"
+        stop, kind, stop_start = "", "rendered", end or 0
         if end is None:
-            end = self._tail_end(own, max(fields_end, start), message)
-            stop = self.stops.call if message.tool_calls else self.stops.answer
-            kind = "appended" if self.missing_stop == "append" and stop else "missing"
-            stop = stop if kind == "appended" else ""
-            stop_start = end
+            known = self.stops.call if message.tool_calls else self.stops.answer
+            kind = "appended" if self.missing_stop == "append" and known.text else "missing"
+            stop = known.append if kind == "appended" else ""
+            end = stop_start = len(own) if known.flush and stop else self._tail_end(own, max(fields_end, start), message)
         else:
-            stop_start = end - max(len(text) for text in self.stops.texts if own.endswith(text, 0, end))
+            stop_start = end - max(len(stop) for stop in self.stops.texts if own.endswith(stop, 0, end))
         target = own[start:end] + stop
         spans = _reasons(found, start, stop_start, headless=self._headless(index))
         if len(target) > stop_start - start:

@@ -25,8 +25,8 @@ __all__ = ["TurnIds", "group", "sample", "turn_ids"]
 class TurnIds:
     """One turn as ids: `ids[:context]` is what the engine holds, the rest what the model must emit.
 
-    `starts` are character positions in `text` (prompt + target), or None. `joined`: the ids are those of the whole text;
-    else a token would have straddled the boundary, and the target is encoded on its own.
+    `starts` are character positions in `text` (prompt + target), or None. `joined`: the ids are those of the whole
+    text; else a token would have straddled the boundary, and the target is encoded on its own.
     """
 
     turn: Turn

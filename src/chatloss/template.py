@@ -38,7 +38,8 @@ TOOL = {
 # What looks like a control token where a template writes it: <|x|>, </s>, [INST], <start_of_turn>, and full-width bars.
 MARKER = re.compile(r"<[|｜]?[^<>|｜\s]{1,48}[|｜]?>|<[|｜][^<>]{1,48}[|｜]>|\[/?[A-Z][A-Z_]{1,30}\]")
 _ANOTHER = "the template is hostile or broken: give another with --chat-template FILE"
-_INNER = re.compile(r"think|tool|reason|answer|arg|param|function|call|invoke|channel|message", re.IGNORECASE)
+# Tags inside an answer look the same and end nothing.
+_INNER = re.compile(r"think|tool|reason|answer|arg|param|function|invoke|escape|^<.{0,2}>$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,20 +180,34 @@ class ChatTemplate:
         text = self.probe(call_message(value), *following, tools=[TOOL], parts=parts)
         return _between(text, ARGUMENT)
 
-    def stops(self, control: Iterable[str] = (), engine_stops: Sequence[str] = ()) -> tuple[str, str]:
-        """(stop of an answer, stop of a call) as texts; "" where the template shows none.
+    def stops(self, control: Iterable[str] = (), engine_stops: Sequence[str] = ()) -> tuple[Stop, Stop]:
+        """(stop of an answer, stop of a call), each with empty texts where the template shows none.
 
         `control`: the tokenizer's special tokens. `engine_stops`: the texts of the generation config's end ids, then
         the tokenizer's EOS. A stop is the run of control tokens that the template puts after an answer, cut after the
-        first that an engine stops at; if it ends an answer with nothing, the first control token of what comes next.
+        first that an engine stops at and before a header's; if it ends an answer with nothing, the first control token
+        of what comes next.
         """
         known = set(control) | set(engine_stops)
+        parts = self.formats.content == "parts"
+        shown = self.probe({"role": "assistant", "content": ANSWER}, parts=parts) or ""
+        header = shown.split(ANSWER, 1)[0]
         user, tool = {"role": "user", "content": NEXT}, {"role": "tool", "content": NEXT, "tool_call_id": "call00001"}
-        answer = stop_in(self.after_answer(), known, engine_stops)
-        answer = answer or stop_in(self.after_answer(user), known, engine_stops, header=True)
-        call = stop_in(self.after_call(), known, engine_stops)
-        call = call or stop_in(self.after_call(tool), known, engine_stops, header=True)
-        return answer, call or answer
+        tail, call_tail = self.after_answer(), self.after_call()
+        rendered = first_stop(tail, known, engine_stops, header)
+        answer = Stop(rendered, rendered) if rendered else next_header(tail, self.after_answer(user), known)
+        rendered = last_stop(call_tail, known, (*engine_stops, answer.text))
+        call = Stop(rendered, rendered) if rendered else next_header(call_tail, self.after_call(tool), known)
+        return answer, call if call.text else answer
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """`text` ends a turn. `append` is written where it is missing, with `flush` behind trailing space too."""
+
+    text: str = ""
+    append: str = ""
+    flush: bool = False
 
 
 def call_message(arguments: Any) -> dict[str, Any]:
@@ -213,24 +228,52 @@ def control_texts(text: str, known: Iterable[str] = ()) -> list[tuple[int, int]]
     return [(a, b) for a, b in spans if text[a:b] in kept or not _INNER.search(text[a:b])]
 
 
-def stop_in(text: str | None, known: Iterable[str], engine_stops: Sequence[str], header: bool = False) -> str:
-    """The stop in what a template writes after an answer; `header`: another message follows, so only one token of it.
+def first_stop(text: str | None, known: Iterable[str], engine_stops: Sequence[str], header: str = "") -> str:
+    """The first run of control tokens in what a template writes after an answer, or, without any, its plain text.
 
-    >>> stop_in("<|im_end|>\\n", [], []), stop_in("\\n<|user|>\\n", [], [], header=True)
-    ('<|im_end|>', '<|user|>')
+    The run ends at a token that an engine stops at, and before one that headers are made of.
+
+    >>> first_stop("<|im_end|>\\n", [], []), first_stop("\\n### End\\n", [], [])
+    ('<|im_end|>', '### End')
     """
-    if not text:
-        return ""
-    spans = control_texts(text, known)
-    if not spans:
-        # A template may end an answer with plain text ("### End"); the closers of a JSON call are no stop.
-        return "" if header or not text.strip("\"'}]) \n\t") else text.strip()
+    spans = control_texts(text or "", known)
+    if text is None or not spans:
+        return (text or "").strip()
     start, end = last = spans[0]
-    for a, b in () if header else spans[1:]:
-        if text[last[0] : last[1]] in engine_stops or a != end:
+    for a, b in spans[1:]:
+        if text[slice(*last)] in engine_stops or a != end or text[a:b] in header:
             break
         end, last = b, (a, b)
     return text[start:end]
+
+
+def last_stop(text: str | None, known: Iterable[str], stops: Sequence[str]) -> str:
+    """The stop behind a tool call: the first of `stops`, or else the last control token, for tags close before it."""
+    if not text:
+        return ""
+    found = [(at, stop) for stop in stops if stop and (at := text.find(stop)) >= 0]
+    if found:
+        return min(found)[1]
+    spans = control_texts(text, known)
+    return text[slice(*spans[-1])] if spans else ""
+
+
+def next_header(tail: str | None, text: str | None, known: Iterable[str]) -> Stop:
+    """The first control token of the next message's header, for a template that ends an answer with nothing.
+
+    `tail` is what it writes after the last answer, `text` what it writes between an answer and the next message.
+
+    >>> next_header("", "\\n<|user|>\\n", [])
+    Stop(text='<|user|>', append='\\n<|user|>', flush=True)
+    """
+    if not text:
+        return Stop()
+    behind = text[len(tail) :] if tail is not None and text.startswith(tail) else text
+    spans = control_texts(behind, known)
+    if not spans:
+        return Stop()
+    stop = behind[slice(*spans[0])]
+    return Stop(stop, behind[: spans[0][1]], True) if behind is not text or not tail else Stop(stop, stop)
 
 
 def _between(text: str | None, before: str) -> str | None:

@@ -53,29 +53,19 @@ class Tokens(Protocol):
 class FastTokens:
     """The `tokenizers` library: ids with character offsets. The given tokenizer itself is not changed."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.serialised: str = tokenizer.to_str()
-        self._tokenizer = self._rebuild(self.serialised)
+    def __init__(self, tokenizer: Any, *, owned: bool = False) -> None:
+        """`owned`: nobody else holds `tokenizer`, so it need not be copied before its padding is switched off."""
+        self._tokenizer = _bare(tokenizer if owned else _from_text(tokenizer.to_str()))
         added = self._tokenizer.get_added_tokens_decoder()
         self.special: Mapping[str, int] = {token.content: i for i, token in added.items() if token.special}
         self.added: Mapping[str, int] = {token.content: i for i, token in added.items()}
         self._added_ids = np.array(sorted(added), dtype=np.int32)
 
-    @staticmethod
-    def _rebuild(serialised: str) -> Any:
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_str(serialised)
-        # Truncation, padding and special tokens are nobody's business here: the template wrote the whole text.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
-
     @cached_property
     def _segments(self) -> Any:
         """The same tokenizer without the prefix it writes before the first word; None where it writes none."""
-        spec = json.loads(self.serialised)
-        return self._rebuild(json.dumps(spec)) if _drop_prefix(spec) else None
+        spec = json.loads(self._tokenizer.to_str())
+        return _from_text(json.dumps(spec)) if _drop_prefix(spec) else None
 
     def encode(self, text: str) -> Encoded:
         return _encoded(self._tokenizer.encode(text, add_special_tokens=False))
@@ -155,6 +145,19 @@ class CallableTokens:
 
     def ids_of(self, text: str) -> list[int]:
         return [self.special[text]] if text in self.special else [int(i) for i in self.encode(text).ids]
+
+
+def _from_text(serialised: str) -> Any:
+    from tokenizers import Tokenizer
+
+    return _bare(Tokenizer.from_str(serialised))
+
+
+def _bare(tokenizer: Any) -> Any:
+    """Without truncation and padding: they are not the encoder's to do."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _encoded(encoding: Any) -> Encoded:
