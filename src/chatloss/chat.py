@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from chatloss.errors import DataError
 
-__all__ = ["Conversation", "Label", "Message", "Preference", "ToolCall", "split_think"]
+__all__ = ["Conversation", "Label", "Message", "Preference", "Text", "ToolCall", "parse_json", "split_think"]
 
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-MESSAGE_KEYS = ("role", "content", *REASONING_KEYS, "tool_calls", "tool_call_id", "name", "train", "weight")
+TRAIN_KEYS = ("train", "training", "loss")  # ours, axolotl's, ms-swift's
+WEIGHT_KEYS = ("weight", "loss_weight")  # OpenAI's and ours, LLaMA-Factory's
+CALL_KEYS = ("tool_calls", "function_call")
+MESSAGE_KEYS = ("role", "content", *REASONING_KEYS, *CALL_KEYS, "tool_call_id", "name", *TRAIN_KEYS, *WEIGHT_KEYS)
 ROLES = ("system", "developer", "user", "assistant", "tool")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +40,7 @@ class Message:
     """One message. `content` is a string, a tuple of typed text parts, or None (an assistant that only calls tools).
 
     `train` and `weight` are the data's own wish for this message: None where it says nothing. `extra` holds every other
-    key of the row's message, because a template may read it.
+    key of the row's message, because a template may read it. Inline ``<think>`` stays in `content` (see `split_think`).
     """
 
     role: str
@@ -71,45 +77,38 @@ class Message:
 
     @classmethod
     def from_dict(cls, data: object, where: str = "message") -> Message:
-        """A message from its OpenAI form.
+        """A message from its OpenAI form, legacy `function_call` and `tool_calls` given as a JSON string included.
 
         Raises `DataError` that names the field by `where` for every wrong type.
 
         >>> Message.from_dict({"role": "user", "content": "hi"}).text
         'hi'
+        >>> Message.from_dict({"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}).tool_calls
+        (ToolCall(name='f', arguments='{}', id=None),)
         """
         if not isinstance(data, Mapping):
-            raise DataError(f"a message must be an object, not {_kind(data)}", where=where, hint=_FORM)
-        role = data.get("role")
+            raise DataError(f"a message must be an object, not {kind_of(data)}", where=where, hint=_FORM)
+        role, here = data.get("role"), f"{where}.role"
         if not isinstance(role, str) or not role.strip():
-            raise DataError(
-                f"role must be a non-empty string, not {_kind(role)}", where=f"{where}.role",
-                hint=f"use one of {', '.join(ROLES)}",
-            )
-        _check_text(role, f"{where}.role")
-        reasoning = next((data[key] for key in REASONING_KEYS if data.get(key) is not None), None)
-        if reasoning is not None:
-            _check_text(reasoning, f"{where}.reasoning_content")
-        calls = data.get("tool_calls")
-        if calls is not None and not isinstance(calls, Sequence | str):
-            raise DataError(f"tool_calls must be a list, not {_kind(calls)}", where=f"{where}.tool_calls", hint=_CALLS)
-        if isinstance(calls, str):
-            raise DataError("tool_calls must be a list, not a string", where=f"{where}.tool_calls", hint=_CALLS)
-        tool_calls = tuple(_tool_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls or ()))
+            hint = f"use one of {', '.join(ROLES)}"
+            raise DataError(f"role must be a non-empty string, not {kind_of(role)}", where=here, hint=hint)
+        checked_text(role, here)
         content = _content(data.get("content"), f"{where}.content")
+        if len(data) == 2 and content is not None:
+            return cls(role=role, content=content)
+        reasoning = _agreed(data, REASONING_KEYS, where, checked_text)
+        tool_calls = _tool_calls(data, where)
         if content is None and not tool_calls and reasoning is None:
-            raise DataError(
-                "a message needs content, tool_calls or reasoning_content", where=where,
-                hint="give it a content string (it may be empty)",
-            )
+            hint = "give it a content string (it may be empty)"
+            raise DataError("a message needs content, tool_calls or reasoning_content", where=where, hint=hint)
         extra = {str(key): value for key, value in data.items() if key not in MESSAGE_KEYS and value is not None}
         _check_json(extra, where)
         return cls(
             role=role, content=content, reasoning=reasoning, tool_calls=tool_calls,
             tool_call_id=_optional_text(data.get("tool_call_id"), f"{where}.tool_call_id"),
             name=_optional_text(data.get("name"), f"{where}.name"),
-            train=_train(data.get("train"), f"{where}.train"),
-            weight=_weight(data.get("weight"), f"{where}.weight"), extra=extra,
+            train=_agreed(data, TRAIN_KEYS, where, _train),
+            weight=_agreed(data, WEIGHT_KEYS, where, _weight), extra=extra,
         )
 
 
@@ -130,20 +129,24 @@ class Conversation:
     def from_messages(
         cls, messages: object, tools: object = None, template_kwargs: object = None, source: str = ""
     ) -> Conversation:
-        """A validated conversation from plain JSON values; raises `DataError` naming the field path."""
+        """A validated conversation from plain JSON values, or from messages that are `Message` already.
+
+        Raises `DataError` naming the field path.
+        """
         if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-            raise DataError(f"messages must be a list, not {_kind(messages)}", where="messages", hint=_FORM)
+            raise DataError(f"messages must be a list, not {kind_of(messages)}", where="messages", hint=_FORM)
         if not messages:
             raise DataError("messages is empty", where="messages", hint="give it at least one message")
+        here = "chat_template_kwargs"
         if template_kwargs is not None and not isinstance(template_kwargs, Mapping):
-            raise DataError(
-                f"chat_template_kwargs must be an object, not {_kind(template_kwargs)}", where="chat_template_kwargs",
-                hint='for example {"enable_thinking": false}',
-            )
+            what = f"{here} must be an object, not {kind_of(template_kwargs)}"
+            raise DataError(what, where=here, hint='for example {"enable_thinking": false}')
         kwargs = dict(template_kwargs or {})
-        _check_json(kwargs, "chat_template_kwargs")
+        _check_json(kwargs, here)
         return cls(
-            messages=tuple(Message.from_dict(m, f"messages[{i}]") for i, m in enumerate(messages)),
+            messages=tuple(
+                m if isinstance(m, Message) else Message.from_dict(m, f"messages[{i}]") for i, m in enumerate(messages)
+            ),
             tools=_tools(tools), template_kwargs=kwargs, source=source,
         )
 
@@ -167,6 +170,38 @@ class Label:
     source: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Text without message structure, for marker mode."""
+
+    text: str
+    source: str = ""
+
+
+def parse_json(text: str | bytes, where: str = "") -> Any:
+    """The value of a JSON text; raises `DataError` for all that is not strictly JSON in UTF-8.
+
+    NaN and a key that occurs twice are refused, integers stay exact. (`orjson` keeps the last of two equal keys and
+    turns integers beyond 64 bits into floats, silently; finding out costs more than it saves.)
+
+    >>> parse_json('{"a": 123456789012345678901}')
+    {'a': 123456789012345678901}
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        return _DECODER.decode(text)
+    except DataError as error:
+        raise error.at(where) if where else error from None
+    except UnicodeDecodeError as error:
+        what = f"not UTF-8: byte 0x{error.object[error.start]:02X} at offset {error.start}"
+        raise DataError(what, where=where, kind="encoding", hint="convert the data to UTF-8") from None
+    except RecursionError:
+        raise DataError("nested too deeply", where=where, kind="json", hint="flatten it") from None
+    except ValueError as error:
+        raise DataError(f"not JSON: {error}", where=where, kind="json", hint="write it with a JSON library") from None
+
+
 def split_think(text: str) -> tuple[str | None, str]:
     """Inline reasoning and the answer after it: ``<think>r</think>a`` -> (``r``, ``a``); no block -> (None, text).
 
@@ -180,19 +215,51 @@ def split_think(text: str) -> tuple[str | None, str]:
     return reasoning, answer
 
 
+def _constant(name: str) -> None:
+    raise DataError(f"{name} is not JSON", kind="json", hint="write null or a number")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise DataError(f"key {twice[:40]!r} occurs twice in one object", kind="json", hint="keep one of them")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 _FORM = 'expected {"role": "user", "content": "..."} objects'
 _CALLS = 'expected [{"type": "function", "function": {"name": "...", "arguments": {...}}}]'
+_KINDS = {"NoneType": "null", "dict": "an object", "list": "a list", "str": "a string", "bool": "a boolean"}
+_KINDS |= {"int": "an integer", "float": "a number"}
 _MAX_DEPTH = 64
+_MAX_BITS = 3320
 
 
-def _kind(value: object) -> str:
-    names = {"NoneType": "null", "dict": "an object", "list": "a list", "str": "a string", "bool": "a boolean"}
-    return names.get(type(value).__name__, type(value).__name__)
+def kind_of(value: object) -> str:
+    """What `value` is, in JSON's terms."""
+    return _KINDS.get(type(value).__name__, f"a Python {type(value).__name__}")
 
 
-def _check_text(value: object, where: str) -> None:
+def _show(value: object) -> str:
+    # The repr of a nested value can be endless, or recurse too deeply.
+    return repr(value[:40]) if isinstance(value, str) else repr(value) if isinstance(value, float) else kind_of(value)
+
+
+def _agreed(data: Mapping[str, Any], keys: Sequence[str], where: str, read: Callable[[Any, str], T]) -> T | None:
+    """The one value that the spellings `keys` of a field give; an empty string yields to another spelling's text."""
+    found = {key: read(data[key], f"{where}.{key}") for key in keys if data.get(key) is not None}
+    told = {key: value for key, value in found.items() if value != ""} or found
+    for key, value in told.items():
+        if value != next(iter(told.values())):
+            raise DataError(f"{next(iter(told))} and {key} differ", where=f"{where}.{key}", hint="keep one of them")
+    return next(iter(told.values()), None)
+
+
+def checked_text(value: object, where: str) -> str:
+    """`value` if it is text that can be encoded as UTF-8; else a `DataError`."""
     if not isinstance(value, str):
-        raise DataError(f"must be a string, not {_kind(value)}", where=where, hint="convert the value to text")
+        raise DataError(f"must be a string, not {kind_of(value)}", where=where, hint="convert the value to text")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -200,42 +267,39 @@ def _check_text(value: object, where: str) -> None:
             f"holds a lone surrogate (U+{ord(value[error.start]):04X}), which is not text", where=where,
             hint="re-export the data as valid UTF-8",
         ) from None
+    return value
 
 
 def _optional_text(value: object, where: str) -> str | None:
     if value is None:
         return None
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() <= 64:
         return str(value)
-    _check_text(value, where)
-    return str(value)
+    return checked_text(value, where)
 
 
-def _train(value: object, where: str) -> bool | None:
-    if value is None or isinstance(value, bool):
-        return value
+def _train(value: object, where: str) -> bool:
     if isinstance(value, int | float) and value in (0, 1):
         return bool(value)
-    raise DataError(f"train must be true or false, not {value!r:.40}", where=where, hint="use weight for a share")
+    raise DataError(f"must be true or false, not {_show(value)}", where=where, hint="use weight for a share")
 
 
-def _weight(value: object, where: str) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"weight must be a finite number, not {value!r:.40}", where=where, hint="for example 0.5")
-    return float(value)
+def _weight(value: object, where: str) -> float:
+    small = isinstance(value, int) and not isinstance(value, bool) and value.bit_length() <= 64
+    if small or (isinstance(value, float) and math.isfinite(value)):
+        return float(value)  # type: ignore[arg-type]
+    raise DataError(f"must be a finite number, not {_show(value)}", where=where, hint="for example 0.5")
 
 
 def _content(value: object, where: str) -> str | tuple[Mapping[str, Any], ...] | None:
     if value is None:
         return None
     if isinstance(value, str):
-        _check_text(value, where)
+        checked_text(value, where)
         return value
     if isinstance(value, Mapping) or not isinstance(value, Sequence):
         raise DataError(
-            f"content must be a string or a list of parts, not {_kind(value)}", where=where,
+            f"content must be a string or a list of parts, not {kind_of(value)}", where=where,
             hint="dump structured content to a JSON string",
         )
     parts = []
@@ -244,14 +308,14 @@ def _content(value: object, where: str) -> str | tuple[Mapping[str, Any], ...] |
         if isinstance(part, str):
             part = {"type": "text", "text": part}
         if not isinstance(part, Mapping):
-            raise DataError(f"a content part must be an object, not {_kind(part)}", where=here, hint=_PART)
+            raise DataError(f"a content part must be an object, not {kind_of(part)}", where=here, hint=_PART)
         kind = part.get("type", "text")
         if kind not in ("text", "input_text", "output_text"):
             raise DataError(
-                f"content parts of type {kind!r:.40} are not supported yet", where=f"{here}.type",
-                hint="only text parts can be trained; drop the row or the part",
+                f"content parts of type {_show(kind)} are not supported yet", where=f"{here}.type",
+                hint="only text parts can be trained; drop the row or the part", kind="media",
             )
-        _check_text(part.get("text"), f"{here}.text")
+        checked_text(part.get("text"), f"{here}.text")
         parts.append({"type": "text", "text": part["text"]})
     return tuple(parts)
 
@@ -260,14 +324,29 @@ _PART = 'expected {"type": "text", "text": "..."}'
 _TOOLS = "expected {\"type\": \"function\", \"function\": {...}}"
 
 
+def _tool_calls(data: Mapping[str, Any], where: str) -> tuple[ToolCall, ...]:
+    legacy, here = data.get("function_call"), f"{where}.function_call"
+    if isinstance(legacy, str):
+        legacy = parse_json(legacy, here) if legacy.strip() else None
+    old = () if legacy is None else (_tool_call(legacy, here),)
+    calls, here = data.get("tool_calls"), f"{where}.tool_calls"
+    if isinstance(calls, str):
+        calls = parse_json(calls, here) if calls.strip() else None
+    if calls is not None and (isinstance(calls, str | Mapping) or not isinstance(calls, Sequence)):
+        raise DataError(f"tool_calls must be a list, not {kind_of(calls)}", where=here, hint=_CALLS)
+    if calls and old:
+        raise DataError("a message has tool_calls or function_call, not both", where=here, hint="keep tool_calls")
+    return old or tuple(_tool_call(call, f"{here}[{i}]") for i, call in enumerate(calls or ()))
+
+
 def _tool_call(value: object, where: str) -> ToolCall:
     if not isinstance(value, Mapping):
-        raise DataError(f"a tool call must be an object, not {_kind(value)}", where=where, hint=_CALLS)
+        raise DataError(f"a tool call must be an object, not {kind_of(value)}", where=where, hint=_CALLS)
     function = value.get("function", value)
     if not isinstance(function, Mapping):
-        raise DataError(f"function must be an object, not {_kind(function)}", where=f"{where}.function", hint=_CALLS)
+        raise DataError(f"function must be an object, not {kind_of(function)}", where=f"{where}.function", hint=_CALLS)
     name = function.get("name")
-    _check_text(name, f"{where}.function.name")
+    name = checked_text(name, f"{where}.function.name")
     if not name:
         raise DataError("a tool call needs a name", where=f"{where}.function.name", hint=_CALLS)
     arguments = function.get("arguments", {})
@@ -275,37 +354,28 @@ def _tool_call(value: object, where: str) -> ToolCall:
         arguments = {}
     if not isinstance(arguments, str | Mapping):
         raise DataError(
-            f"arguments must be an object or a JSON string, not {_kind(arguments)}",
+            f"arguments must be an object or a JSON string, not {kind_of(arguments)}",
             where=f"{where}.function.arguments", hint=_CALLS,
         )
     _check_json(arguments, f"{where}.function.arguments")
-    return ToolCall(str(name), arguments, _optional_text(value.get("id"), f"{where}.id"))
+    return ToolCall(name, arguments, _optional_text(value.get("id"), f"{where}.id"))
 
 
 def _tools(value: object) -> tuple[Mapping[str, Any], ...] | None:
     if value is None:
         return None
     if isinstance(value, str):
-        value = _parse(value, "tools") if value.strip() else []
-    if isinstance(value, Mapping) or not isinstance(value, Sequence):
-        raise DataError(f"tools must be a list, not {_kind(value)}", where="tools", hint="give a list of JSON schemas")
+        value = parse_json(value, "tools") if value.strip() else []
+    if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
+        raise DataError(f"tools must be a list, not {kind_of(value)}", where="tools", hint="give JSON schemas")
     tools = []
     for i, tool in enumerate(value):
-        parsed = _parse(tool, f"tools[{i}]") if isinstance(tool, str) else tool
+        parsed = parse_json(tool, f"tools[{i}]") if isinstance(tool, str) else tool
         if not isinstance(parsed, Mapping):
-            raise DataError(f"a tool must be an object, not {_kind(parsed)}", where=f"tools[{i}]", hint=_TOOLS)
+            raise DataError(f"a tool must be an object, not {kind_of(parsed)}", where=f"tools[{i}]", hint=_TOOLS)
         _check_json(parsed, f"tools[{i}]")
         tools.append(dict(parsed))
     return tuple(tools) or None
-
-
-def _parse(text: str, where: str) -> object:
-    import orjson
-
-    try:
-        return orjson.loads(text)
-    except (orjson.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"is a string but not JSON: {error}", where=where, hint="give an object") from None
 
 
 def _check_json(value: object, where: str, depth: int = 0) -> None:
@@ -313,13 +383,17 @@ def _check_json(value: object, where: str, depth: int = 0) -> None:
     if depth > _MAX_DEPTH:
         raise DataError(f"is nested more than {_MAX_DEPTH} levels deep", where=where, hint="flatten it")
     if isinstance(value, str):
-        _check_text(value, where)
+        checked_text(value, where)
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            _check_text(key, f"{where} (a key)")
+            checked_text(key, f"{where} (a key)")
             _check_json(item, f"{where}.{key}" if len(str(key)) < 60 else where, depth + 1)
     elif isinstance(value, list | tuple):
         for i, item in enumerate(value):
             _check_json(item, f"{where}[{i}]", depth + 1)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"holds {value}, which is not JSON", where=where, hint="write null or a number")
+    elif isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        raise DataError("holds an integer of more than 1,000 digits", where=where, hint="write it as a string")
     elif value is not None and not isinstance(value, bool | int | float):
-        raise DataError(f"holds a {type(value).__name__}, which is not JSON", where=where, hint="convert it to text")
+        raise DataError(f"holds {kind_of(value)}, which is not JSON", where=where, hint="convert it to text")

@@ -1,0 +1,101 @@
+"""Weighted sum of token negative log-likelihoods from hidden states and a linear head, a chunk of logits at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["logits_nll", "weighted_nll"]
+
+# Elements of the logits that exist at once: 32 MiB in float32 on CPU; GPUs want larger products.
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
+
+
+def weighted_nll(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, weights: Tensor, chunk: int = 0
+) -> tuple[Tensor, Tensor]:
+    """``sum_t weights_t * nll_t`` and ``nll``, where ``nll_t = logsumexp(W h_t + b) - (W h_t + b)[target_t]``.
+
+    `hidden` [N, H], `weight` [V, H], `bias` [V] or None, `target_ids` int64 [N], `weights` [N]. Returns a scalar with a
+    gradient and nll [N] without one: float64 for float64 inputs, else float32, in which softmax and sums are computed.
+    At most `chunk` rows of logits (0: chosen by size) exist at a time. The gradient is computed in the forward pass, as
+    the weights are known then, so that no product is done twice (Liger kernel, Hsu et al. 2024, section 3.2); it can be
+    used once.
+
+    >>> h, w = torch.randn(5, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    >>> target, u = torch.tensor([0, 6, 3, 2, 2]), torch.tensor([1.0, 0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
+    >>> total, nll = weighted_nll(h, w, None, target, u, chunk=2)
+    >>> expected = (torch.nn.functional.cross_entropy(h @ w.T, target, reduction="none") * u).sum()
+    >>> torch.testing.assert_close(total, expected)
+    >>> torch.testing.assert_close(torch.autograd.grad(total, w), torch.autograd.grad(expected, w))
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    rows = chunk or max(16, CHUNK_ELEMENTS.get(hidden.device.type, 2**24) // weight.shape[0])
+    out: tuple[Tensor, Tensor] = _WeightedNLL.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, target_ids, weights, rows, torch.is_grad_enabled()
+    )
+    return out
+
+
+def logits_nll(logits: Tensor, target_ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The same sum and nll from logits [N, V] that a model computed itself."""
+    nll = torch.nn.functional.cross_entropy(logits.to(_at_least_float32(logits)), target_ids, reduction="none")
+    return (nll * weights).sum(), nll.detach()
+
+
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+class _WeightedNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, weights: Tensor, rows: int,
+        grad: bool,
+    ) -> tuple[Tensor, Tensor]:
+        acc = _at_least_float32(hidden)
+        wants = [grad and needed for needed in ctx.needs_input_grad[:3]]
+        d_hidden = torch.empty_like(hidden) if wants[0] else None
+        d_weight = torch.zeros_like(weight, dtype=acc) if wants[1] else None
+        d_bias = torch.zeros_like(bias, dtype=acc) if wants[2] and bias is not None else None
+        nll = torch.empty(len(hidden), dtype=acc, device=hidden.device)
+        for start in range(0, len(hidden), rows):
+            at = slice(start, start + rows)
+            target = target_ids[at, None]
+            logits = torch.nn.functional.linear(hidden[at], weight, bias).to(acc)
+            logits -= logits.max(-1, keepdim=True).values
+            chosen = logits.gather(1, target)
+            z = logits.exp_().sum(-1, keepdim=True)
+            nll[at] = (z.log() - chosen).squeeze(1)
+            if not any(wants):
+                continue
+            # d(w * nll)/d logits = w * (softmax - one_hot), in the logits' own memory.
+            d_logits = logits.mul_(weights[at, None] / z)
+            d_logits.scatter_add_(1, target, -weights[at, None].to(acc))
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+            low = d_logits.to(hidden.dtype)
+            if d_hidden is not None:
+                torch.mm(low, weight, out=d_hidden[at])
+            if d_weight is not None and low.dtype == acc:
+                d_weight.addmm_(low.T, hidden[at])
+            elif d_weight is not None:
+                d_weight += low.T @ hidden[at]
+        ctx.gradients = (d_hidden, d_weight, d_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.mark_non_differentiable(nll)
+        return (nll * weights).sum(), nll
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the gradient of weighted_nll was computed in its forward pass and has been used")
+        scaled = [None if d is None else d.mul_(grads[0]).to(dtype)
+                  for d, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)]
+        ctx.gradients = None
+        return (*scaled, None, None, None, None)

@@ -1,0 +1,206 @@
+"""chat.py: every field of a message is validated, every error names the field."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chatloss.chat import Conversation, Message, ToolCall, parse_json, split_think
+from chatloss.errors import DataError
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=20)
+JSON_LIKE = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner, max_size=4)
+)
+CALL = {"type": "function", "id": "c1", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+def message(**fields: Any) -> Message:
+    return Message.from_dict({"role": "assistant", "content": "a", **fields}, "messages[2]")
+
+
+def error_of(**fields: Any) -> DataError:
+    with pytest.raises(DataError) as caught:
+        message(**fields)
+    return caught.value
+
+
+def test_a_message_keeps_all_that_its_row_says() -> None:
+    row = {
+        "role": "assistant", "content": "a", "thinking": "t", "tool_calls": [CALL], "tool_call_id": 7, "name": "n",
+        "train": False, "weight": 0.5, "refusal": None, "custom": {"deep": [1, None]},
+    }  # fmt: skip
+    got = Message.from_dict(row)
+    assert got == Message(
+        "assistant", "a", reasoning="t", tool_calls=(ToolCall("f", {"x": 1}, "c1"),), tool_call_id="7", name="n",
+        train=False, weight=0.5, extra={"custom": {"deep": [1, None]}},
+    )  # fmt: skip
+    assert got.to_dict() == {
+        "role": "assistant", "content": "a", "reasoning_content": "t", "tool_calls": [CALL], "tool_call_id": "7",
+        "name": "n", "custom": {"deep": [1, None]},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_has_three_spellings_and_an_empty_one_does_not_hide_another(key: str) -> None:
+    assert message(**{key: "why"}).reasoning == "why"
+    assert message(**{"reasoning_content": "", "thinking": "", "reasoning": "", key: "why"}).reasoning == "why"
+    assert message(reasoning_content="").reasoning == ""
+
+
+def test_spellings_that_disagree_are_refused() -> None:
+    assert error_of(reasoning="a", thinking="b").where == "messages[2].reasoning"
+    assert error_of(train=True, loss=False).where == "messages[2].loss"
+    assert error_of(weight=1, loss_weight=0.5).where == "messages[2].loss_weight"
+
+
+@pytest.mark.parametrize(("key", "value"), [("train", False), ("training", False), ("loss", False), ("train", 0)])
+def test_training_wishes_are_read_in_every_spelling_and_never_shown_to_a_template(key: str, value: object) -> None:
+    got = message(**{key: value})
+    assert got.train is False and got.extra == {} and set(got.to_dict()) == {"role", "content"}
+
+
+@pytest.mark.parametrize("key", ["weight", "loss_weight"])
+def test_weights_are_read_in_every_spelling(key: str) -> None:
+    assert message(**{key: 0}).weight == 0.0 and message(**{key: 2}).weight == 2.0
+
+
+def test_calls_are_read_from_a_list_a_json_string_and_the_legacy_field() -> None:
+    calls = (ToolCall("f", {"x": 1}, "c1"),)
+    assert message(tool_calls=[CALL]).tool_calls == calls
+    assert message(tool_calls=str([CALL]).replace("'", '"')).tool_calls == calls
+    assert message(tool_calls="", function_call=None).tool_calls == ()
+    legacy = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}}
+    assert Message.from_dict(legacy).tool_calls == (ToolCall("f", '{"x": 1}'),)
+    assert error_of(tool_calls=[CALL], function_call={"name": "g"}).what.endswith("not both")
+
+
+@pytest.mark.parametrize(
+    ("fields", "where"),
+    [
+        ({"role": None}, "role"),
+        ({"role": " "}, "role"),
+        ({"role": "\ud800"}, "role"),
+        ({"content": 3}, "content"),
+        ({"content": {"text": "a"}}, "content"),
+        ({"content": [{"type": "text"}]}, "content[0].text"),
+        ({"content": [None]}, "content[0]"),
+        ({"content": [{"type": "image_url", "image_url": {}}]}, "content[0].type"),
+        ({"content": "lone \udfff"}, "content"),
+        ({"thinking": 1}, "thinking"),
+        ({"tool_calls": {}}, "tool_calls"),
+        ({"tool_calls": "{"}, "tool_calls"),
+        ({"tool_calls": [1]}, "tool_calls[0]"),
+        ({"tool_calls": [{"function": "f"}]}, "tool_calls[0].function"),
+        ({"tool_calls": [{"function": {"name": ""}}]}, "tool_calls[0].function.name"),
+        ({"tool_calls": [{"name": "f", "arguments": [1]}]}, "tool_calls[0].function.arguments"),
+        ({"tool_calls": [{"name": "f", "arguments": {"a": math.nan}}]}, "tool_calls[0].function.arguments.a"),
+        ({"tool_calls": [{"name": "f", "arguments": {"a": 10**2000}}]}, "tool_calls[0].function.arguments.a"),
+        ({"tool_calls": [{"name": "f", "arguments": {1: 2}}]}, "tool_calls[0].function.arguments (a key)"),
+        ({"tool_call_id": []}, "tool_call_id"),
+        ({"name": 1.5}, "name"),
+        ({"train": "yes"}, "train"),
+        ({"weight": True}, "weight"),
+        ({"weight": math.inf}, "weight"),
+        ({"weight": 10**400}, "weight"),
+        ({"custom": object()}, "custom"),
+    ],
+)
+def test_every_wrong_type_is_an_error_that_names_the_field_and_a_remedy(fields: dict[str, Any], where: str) -> None:
+    error = error_of(**fields)
+    assert error.where == f"messages[2].{where}" and error.hint
+
+
+def test_deep_nesting_is_an_error_and_no_recursion_error() -> None:
+    deep: Any = 1
+    for _ in range(5000):
+        deep = [deep]
+    for field in ("custom", "train", "weight", "content", "name", "thinking", "tool_calls"):
+        assert isinstance(error_of(**{field: deep}), DataError)
+    with pytest.raises(DataError, match="nested"):
+        Conversation.from_messages([{"role": "user", "content": "a"}], tools=[{"name": deep}])
+    with pytest.raises(DataError, match="nested too deeply"):
+        parse_json("[" * 100_000)
+
+
+def test_a_message_needs_something_to_say() -> None:
+    with pytest.raises(DataError, match="needs content"):
+        Message.from_dict({"role": "assistant", "content": None})
+    assert Message.from_dict({"role": "assistant", "content": ""}).content == ""
+    assert Message.from_dict({"role": "assistant", "reasoning": "r"}).content is None
+
+
+def test_typed_parts_become_text_parts() -> None:
+    got = message(content=["a", {"type": "input_text", "text": "b"}])
+    assert got.content == ({"type": "text", "text": "a"}, {"type": "text", "text": "b"}) and got.text == "a\nb"
+
+
+def test_tools_are_objects_or_json_strings_of_them() -> None:
+    chat = [{"role": "user", "content": "a"}]
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"x": None}}}
+    text = '{"type": "function", "function": {"name": "f", "parameters": {"x": null}}}'
+    for tools in ([tool], [text], f"[{text}]"):
+        assert Conversation.from_messages(chat, tools).tools == (tool,)
+    for none in (None, [], "", " ", "[]"):
+        assert Conversation.from_messages(chat, none).tools is None
+    for bad in (3, "x", {}, [3], ["x"], "{}", [[]], ['{"a": 1, "a": 2}']):
+        with pytest.raises(DataError) as caught:
+            Conversation.from_messages(chat, bad)
+        assert caught.value.where.startswith("tools")
+
+
+def test_json_is_strict_and_integers_stay_exact() -> None:
+    assert parse_json(b'{"a": 18446744073709551616, "b": "\\u0000"}') == {"a": 2**64, "b": "\0"}
+    for text, what in {
+        '{"a": 1, "b": {"c": 1, "c": 1}}': "'c' occurs twice",
+        "[NaN]": "NaN is not JSON",
+        "[-Infinity]": "-Infinity is not JSON",
+        "{'a': 1}": "not JSON",
+        '"a\0b"': "not JSON: Invalid control character",
+        "1" * 5000: "not JSON",
+        "": "not JSON",
+    }.items():
+        with pytest.raises(DataError) as caught:
+            parse_json(text, "tools[0]")
+        assert what in caught.value.what and caught.value.where == "tools[0]"
+    for data in (b'"\xff"', b'"\xed\xa0\x80"', '{"a":1}'.encode("utf-16")):
+        with pytest.raises(DataError, match="not UTF-8"):
+            parse_json(data)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("<think>r</think>a", ("r", "a")),
+        ("\n<think>\nr\n</think>\n\na</think>", ("\nr\n", "\n\na</think>")),
+        ("<think></think>a", ("", "a")),
+        ("<think>r", (None, "<think>r")),
+        ("a<think>r</think>", (None, "a<think>r</think>")),
+        ("", (None, "")),
+    ],
+)
+def test_inline_reasoning_is_split_only_at_the_start(text: str, parts: tuple[str | None, str]) -> None:
+    assert split_think(text) == parts
+
+
+@given(st.dictionaries(st.sampled_from(["role", "content", "tool_calls", "train", "weight", "name", "x"]), JSON_LIKE))
+def test_any_message_is_a_message_or_a_data_error(row: dict[str, Any]) -> None:
+    try:
+        got = Message.from_dict(row)
+    except DataError as error:
+        assert error.what and error.where.startswith("message") and error.hint
+    else:
+        assert Message.from_dict(got.to_dict()).to_dict() == got.to_dict()
+
+
+@given(JSON_LIKE, JSON_LIKE, JSON_LIKE)
+def test_any_conversation_is_a_conversation_or_a_data_error(messages: Any, tools: Any, kwargs: Any) -> None:
+    for values in (messages, [messages], [{"role": "user", "content": "a"}]):
+        try:
+            Conversation.from_messages(values, tools, kwargs)
+        except DataError as error:
+            assert error.where and error.hint
