@@ -53,16 +53,19 @@ def _train(output: Path, rank: int, ranks: int, port: int, kill_at: int, changes
                    "MASTER_PORT": str(port)}
     events = 0
 
+    def event() -> None:
+        nonlocal events
+        events += 1
+        if events == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
     def watch(owner: Any, name: str) -> None:
         function = getattr(owner, name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            nonlocal events
-            for when in ("before", "after"):
-                events += 1
-                if events == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                out = function(*args, **kwargs) if when == "before" else out
+            event()
+            out = function(*args, **kwargs)
+            event()
             return out
 
         setattr(owner, name, watched)

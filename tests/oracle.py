@@ -7,8 +7,10 @@ and not one line is shared with chatloss. It finds what is unlawful in rows that
 import json
 import re
 
+REASONING = ("reasoning_content", "thinking", "reasoning")
 ANSWER, NEXT = "SENTINELANSWER", "SENTINELNEXT"
-# What a stop looks like where the tokenizer, not being the template's own, has no token for it.
+MARKED = {"content": ANSWER, **dict.fromkeys(REASONING, NEXT)}
+# What control tokens look like where the tokenizer is not the template's own, and has none for them.
 PIPED, TAG = r"<\|[^<>|\s]+\|>", r"<[^<>\s]+>|\[[^\[\]\s]+[\[\]]"
 
 
@@ -58,7 +60,7 @@ def breaches(law, rows, partial, untrained, row_format):
 
 
 class Law:
-    """What the law asks of every message. `stop_ids`: the generation config's; `missing_stop`: append, leave or error."""
+    """What the law asks of every message. `stop_ids`: the generation config's. `missing_stop`: append, leave, error."""
 
     def __init__(
         self, tokenizer, template, messages, *, tools=None, template_kwargs=None, stop_ids=(), missing_stop="append"
@@ -85,18 +87,23 @@ class Law:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def read(self, i):
-        """(prompt, own rendering, end of the last field in it, why turn i cannot be trained)."""
-        if self.messages[i]["role"] != "assistant":
+        """(prompt, own rendering, end of the last field in it, why message i cannot be trained)."""
+        before, message = self.messages[:i], self.messages[i]
+        if message["role"] != "assistant":
             return "", "", None, {"no turn"}
-        prompt, own = self.render(self.messages[:i], prompt=True), self.render(self.messages[: i + 1])
+        prompt, own = self.render(before, prompt=True), self.render([*before, message])
         if prompt is None or own is None:
             return "", "", None, {"unrenderable"}
-        end = end_of_fields(own, len(prompt) if own.startswith(prompt) else 0, self.messages[i])
-        faults = {"off_prompt": not own.startswith(prompt), "altered": end is None}
+        end = end_of_fields(own, len(prompt) if own.startswith(prompt) else 0, message)
+        # "a" is found in any text: a field holds only if an unmistakable one in its place is rendered as well.
+        plain = {name for name in MARKED if isinstance(text := message.get(name), str) and re.match(r"\s*[^<\s]", text)}
+        marked = {name: MARKED[name] if name in plain else value for name, value in message.items()}
+        shown = end_of_fields(self.render([*before, marked]) or "", 0, marked)
+        faults = {"off_prompt": not own.startswith(prompt), "altered": end is None or shown is None}
         return prompt, own, end, {fault for fault, holds in faults.items() if holds}
 
     def targets(self, i):
-        """Every list of ids that the model may have to emit after the prompt of turn i: mostly there is one."""
+        """Yield every list of ids that can be what the model must emit after the prompt of turn i; mostly one."""
         prompt, own, _, faults = self.turns[i]
         context, cut = self.encode(prompt)[0], len(prompt)
         n, seen = len(context), len(self.decode(context))
@@ -109,26 +116,25 @@ class Law:
             for anchor in ("", "\n", "a"):  # a token straddles the boundary: the rest alone, without a dummy prefix
                 before, both = self.encode(anchor)[0], self.encode(anchor + text[cut:])[0]
                 rest = both[len(before) :] + stop
-                reads = self.decode(context + rest)[seen:] in (text[cut:] + self.decode(stop), self.decode(rest))
-                if reads and both[: len(before)] == before:
+                leads = [re.match(r"\s*", said)[0] for said in (text[cut:], self.decode(context + rest)[seen:])]
+                if both[: len(before)] == before and leads[0] == leads[1]:
                     yield rest
 
     def endings(self, i):
-        """Every (text of prompt and targets, ids of a stop without a text) with which turn i may lawfully end."""
+        """(Text of prompt and targets, ids of a stop that the text lacks) of every lawful end of turn i; mostly one."""
         _, own, end, _ = self.turns[i]
         tail, final, texts = own[end:], self.after_answer(i), []
         header = (self.messages[i].get("tool_calls") and self.after_answer(i, "tool")) or self.after_answer(i, "user")
-        # What ends a call need not end an answer: gpt-oss has <|call|>.
-        last = [token for token in self.controls(tail) if tail.rstrip().endswith(token)]
         closing = self.stops(final) | ({final.strip()} if not self.controls(final) else set()) - {""}
+        last = [token for token in self.controls(tail) if tail.rstrip().endswith(token)]  # gpt-oss ends calls by <|call|>
         for stops in (closing, last, opening := self.stops(header)):
             texts = texts or [own[: end + tail.index(stop) + len(stop)] for stop in stops if stop in tail]
         if texts or self.missing_stop != "append":
             return [(text, []) for text in texts or [own] * (self.missing_stop == "leave")]
-        for stop in opening:
-            texts += [own + stop, own.removesuffix(final) + header[: header.index(stop) + len(stop)]]
+        answer = own.removesuffix(final)  # where the template puts no stop, only whitespace can follow an answer
+        texts = [own + s for s in opening] + [answer + header[: header.index(s) + len(s)] for s in opening]
         known = [] if opening & self.ends else self.stop_ids
-        return [(text, []) for text in texts] + [(text, [s]) for s in known for text in (own, own.removesuffix(final))]
+        return [(text, []) for text in texts] + [(text, [stop]) for stop in known for text in (own, answer)]
 
     def stops(self, text):
         """The first control token in what follows an answer, and the first that the engine stops at."""
@@ -136,10 +142,10 @@ class Law:
         return {*found[:1], *[token for token in found if token in self.ends][:1]}
 
     def controls(self, text):
-        """The control tokens in a text, in order, and what looks like one but is not in the vocabulary."""
-        unknown = {None, self.tokenizer.unk_token_id}
-        looks = {t for t in re.findall(PIPED, text) if self.tokenizer.convert_tokens_to_ids(t) in unknown}
-        return sorted((t for t in self.special | looks if t in text), key=lambda t: (text.index(t), -len(t)))
+        """The control tokens in a text, in order; also what looks like one and is not in the vocabulary."""
+        known, unknown = self.tokenizer.convert_tokens_to_ids, (None, self.tokenizer.unk_token_id)
+        tokens = self.special | {token for token in re.findall(PIPED, text) if known(token) in unknown}
+        return sorted((token for token in tokens if token in text), key=lambda t: (text.index(t), -len(t)))
 
     def after_answer(self, i, role=None):
         """What the template puts after an answer in the place of turn i, up to what `role` says next; or nothing."""
@@ -157,13 +163,13 @@ def end_of_fields(text, start, message):
     """
     content = message.get("content") or ""
     answer = [content] if isinstance(content, str) else [part.get("text") or "" for part in content]
-    thoughts = [message.get("reasoning_content") or message.get("thinking") or message.get("reasoning") or ""]
+    thoughts = [next((message[name] for name in REASONING if message.get(name)), "")]
     if inline := re.match(r"\s*<think>(.*?)</think>(.*)", "".join(answer[:1]), re.DOTALL):
         thoughts, answer = [*thoughts, inline[1]], [inline[2], *answer[1:]]
     thoughts, answer = ([[[part.strip()]] for part in parts] for parts in (thoughts, answer))
     functions = [call.get("function", call) for call in message.get("tool_calls") or ()]
     calls = [[[function["name"]], *leaves(function.get("arguments") or {})] for function in functions]
-    for order in (thoughts + answer + calls, thoughts + calls + answer, calls + thoughts + answer):
+    for order in (thoughts + answer + calls, thoughts + calls + answer):
         end = start
         for pieces in order:
             ends = [[text.find(s, end) + len(s) for s in spellings if text.find(s, end) >= 0] for spellings in pieces]
@@ -173,10 +179,9 @@ def end_of_fields(text, start, message):
     return None
 
 
-def leaves(arguments):
+def leaves(value):
     """The spellings of every leaf argument: raw, JSON-escaped, as a Python literal."""
-    if isinstance(arguments, dict | list):
-        items = arguments.values() if isinstance(arguments, dict) else arguments
-        return [leaf for item in items for leaf in leaves(item)]
-    escaped = [json.dumps(arguments), json.dumps(arguments, ensure_ascii=False), repr(arguments)]
-    return [[arguments, *(text[1:-1] for text in escaped)] if isinstance(arguments, str) else escaped]
+    if isinstance(value, dict | list):
+        return [leaf for item in (value.values() if isinstance(value, dict) else value) for leaf in leaves(item)]
+    escaped = [json.dumps(value), json.dumps(value, ensure_ascii=False), repr(value)]
+    return [[value, *(text[1:-1] for text in escaped)] if isinstance(value, str) else escaped]

@@ -145,9 +145,11 @@ def test_tools_are_objects_or_json_strings_of_them() -> None:
     text = '{"type": "function", "function": {"name": "f", "parameters": {"x": null}}}'
     for tools in ([tool], [text], f"[{text}]"):
         assert Conversation.from_messages(chat, tools).tools == (tool,)
-    for none in (None, [], "", " ", "[]"):
+    nothing: tuple[Any, ...] = (None, [], "", " ", "[]")
+    for none in nothing:
         assert Conversation.from_messages(chat, none).tools is None
-    for bad in (3, "x", {}, [3], ["x"], "{}", [[]], ['{"a": 1, "a": 2}']):
+    wrong: tuple[Any, ...] = (3, "x", {}, [3], ["x"], "{}", [[]], ['{"a": 1, "a": 2}'])
+    for bad in wrong:
         with pytest.raises(DataError) as caught:
             Conversation.from_messages(chat, bad)
         assert caught.value.where.startswith("tools")

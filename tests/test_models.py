@@ -43,7 +43,8 @@ def test_soft_capping_and_logit_scaling_are_seen_even_where_logits_are_tiny(init
     assert "soft-capped" in head_difference(capped, [1, 2, 3, 4])
     scaled = tiny({"model_type": "granite", **TINY, **small, "logits_scaling": 8.0}, torch.float32)
     assert "scaled" in head_difference(scaled, [1, 2, 3, 4])
-    cohere = tiny({"model_type": "cohere", **{k: v for k, v in TINY.items() if k != "head_dim"}, **small}, torch.float32)
+    values = {k: v for k, v in TINY.items() if k != "head_dim"}
+    cohere = tiny({"model_type": "cohere", **values, **small}, torch.float32)
     assert "scaled" in head_difference(cohere, [1, 2, 3, 4])
 
 

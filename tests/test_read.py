@@ -176,7 +176,12 @@ def test_null_fields_that_arrow_adds_are_removed_but_nulls_in_json_are_kept(tmp_
 def test_a_dataset_of_the_hub_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     splits = {"train": datasets.Dataset.from_list(ROWS[:2]), "test": datasets.Dataset.from_list(ROWS[2:3])}
     asked = []
-    fake = types.SimpleNamespace(load_dataset=lambda name, **options: asked.append((name, options)) or splits)
+
+    def load_dataset(name: str, **options: Any) -> dict[str, Any]:
+        asked.append((name, options))
+        return splits
+
+    fake = types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", fake)
     assert [row.source for row in read("org/name")] == ["org/name:1", "org/name:2"]
     assert len(list(read("org/name:test"))) == 1
@@ -276,7 +281,10 @@ def test_records_beyond_the_bound_are_skipped_without_being_held(write: Write, m
     assert error_of(write("a.txt", b"x" * 2000)).kind == "too_long"
 
 
-@given(rows=st.lists(st.recursive(st.text('[]{},"\\\n é'), st.lists, max_leaves=6).map(lambda v: {"text": v})), size=st.integers(1, 9))
+NESTED = st.recursive(st.text('[]{},"\\\n é'), st.lists, max_leaves=6)
+
+
+@given(rows=st.lists(NESTED.map(lambda value: {"text": value})), size=st.integers(1, 9))
 def test_an_array_is_cut_at_its_own_commas_wherever_its_chunks_end(rows: list[Any], size: int) -> None:
     data = json.dumps(rows, ensure_ascii=False, indent=size % 3 or None).encode()
     with pytest.MonkeyPatch.context() as patch:

@@ -228,7 +228,8 @@ def test_bf16_autocast_is_no_worse_than_naive_bf16() -> None:
     model.zero_grad()
     for rows in examples:
         ids = torch.from_numpy(rows[0].input_ids.astype("int64"))[None]
+        labels = torch.from_numpy(rows[0].labels)[None]
         with torch.autocast("cpu", torch.bfloat16):
-            out = model(input_ids=ids, labels=torch.from_numpy(rows[0].labels)[None], num_items_in_batch=torch.tensor(z))
+            out = model(input_ids=ids, labels=labels, num_items_in_batch=torch.tensor(z))
         out.loss.backward()
     assert ours <= 1.5 * difference(gradient_of(model), want)

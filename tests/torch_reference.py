@@ -1,4 +1,4 @@
-"""The gradient as the definition says it: one row at a time, full logits, plain sums. Nothing of the code under test."""
+"""The gradient as the definition says it: one row at a time, all logits, plain sums; nothing of the code under test."""
 
 from __future__ import annotations
 

@@ -251,8 +251,8 @@ def global_batches(
     """Global batches without end, from (epoch, position) on; no batch crosses the end of an epoch.
 
     `trained[i]` is the number of trained tokens of example i. A batch closes at `examples` examples, or when its
-    trained tokens reach `tokens`. (Trained tokens and not row lengths, so that the row format does not change the batch.) The
-    last batch of an epoch may be smaller; it is exact all the same.
+    trained tokens reach `tokens`: trained tokens and not row lengths, so that the row format does not change the batch.
+    The last batch of an epoch may be smaller; it is exact all the same.
 
     >>> batches = global_batches([3, 1, 2], examples=2, seed=0)
     >>> [next(batches).examples for _ in range(3)]

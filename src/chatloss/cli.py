@@ -109,8 +109,9 @@ def view(
     elif as_json:
         for sample in samples:
             spans = [
-                {"start": s.start, "end": s.end, "message": s.message, "weight": s.weight, "reason": s.reason.name.lower(),
-                 "text": encoder.decode(sample.input_ids[s.start : s.end].tolist())} for s in sample.spans
+                {"start": s.start, "end": s.end, "message": s.message, "weight": s.weight,
+                 "reason": s.reason.name.lower(), "text": encoder.decode(sample.input_ids[s.start : s.end].tolist())}
+                for s in sample.spans
             ]
             _print_json({**sample.to_dict(), "spans": spans})
     else:
@@ -132,7 +133,8 @@ def view(
 
 def _page_finding(one: Encoded, problem: Any) -> dict[str, Any]:
     where = one.conversation.source if one.conversation else ""
-    return {"severity": "error" if problem.fatal else "warning", "cause": f"{problem.cause}: {problem.detail}", "count": 1,
+    severity = "error" if problem.fatal else "warning"
+    return {"severity": severity, "cause": f"{problem.cause}: {problem.detail}", "count": 1,
             "example": f"{where} messages[{problem.message}]", "remedy": problem.remedy, "rows": [where]}
 
 
@@ -235,7 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
-        code = cli.main(args=None if arguments is None else list(arguments), prog_name="chatloss", standalone_mode=False)
+        given = None if arguments is None else list(arguments)
+        code = cli.main(args=given, prog_name="chatloss", standalone_mode=False)
         sys.stdout.flush()
         return int(code or 0) if isinstance(code, int) else 0
     except SystemExit as stop:

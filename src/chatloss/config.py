@@ -24,6 +24,7 @@ class Data:
     train: tuple[str, ...] = ()
     eval: tuple[str, ...] = ()
     input_format: str | None = None
+    max_rejects: float = 0.01
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     policy: dict[str, Any] = field(default_factory=dict)
 
@@ -136,7 +137,9 @@ class Recipe:
         try:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise RecipeError(f"cannot read the recipe: {error.strerror}", where=str(path)) from None
+            raise RecipeError(
+                f"cannot read the recipe: {error.strerror}", where=str(path), hint="check the path"
+            ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RecipeError(f"not valid TOML: {error}", where=str(path)) from None
         try:

@@ -184,7 +184,7 @@ def read_template(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise TokenizerError(f"{path} is not UTF-8: {error}", hint="convert it") from None
     except OSError as error:
-        raise TokenizerError(f"cannot read {path}: {error.strerror or error}") from None
+        raise TokenizerError(f"cannot read {path}: {error.strerror or error}", hint="check the path") from None
 
 
 def _stop_ids(directory: Path, special: Mapping[str, str], tokens: Tokens) -> tuple[int, ...]:

@@ -33,9 +33,9 @@ class Logger:
         self.quiet = quiet
         self.began = time.monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.sinks = [_sink(name, path.parent) for name in extra]
         _truncate(path, step)
         self.file = path.open("a", encoding="utf-8")
-        self.sinks = [_sink(name, path.parent) for name in extra]
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Writes one record everywhere."""

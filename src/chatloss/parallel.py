@@ -63,8 +63,8 @@ class World:
             fully_shard(part, mesh=mesh)
         for part in module.modules():
             if isinstance(part, FSDPModule):
-                # Gradients are summed, not averaged. On the root alone this would leave nested layers divided. The plain
-                # sum is asked for because gloo has no scaled one, which is what a factor means for float32.
+                # Gradients are summed, not averaged. On the root alone this would leave nested layers divided. The
+                # plain sum is asked for because gloo has no scaled one, which is what a factor means for float32.
                 part.set_gradient_divide_factor(1.0)
                 part.set_force_sum_reduction_for_comms(True)
         return module

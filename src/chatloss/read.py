@@ -208,7 +208,7 @@ def _nothing(name: str, head: Sequence[Record]) -> DataError:
         error = DataError("a row must be an object", hint='expected {"messages": [...]} or the like', kind="field")
     if row == 0:
         return DataError(error.what, where=name, hint=error.hint, kind=error.kind)
-    what = f"none of its first {len(head)} rows can be read: {error.what}"
+    what = f"{f'none of its first {len(head)} rows' if head[1:] else 'no row'} can be read: {error.what}"
     return DataError(what, where=f"{name}:{row} {error.where}".strip(), hint=error.hint, kind=error.kind)
 
 

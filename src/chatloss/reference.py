@@ -6,6 +6,7 @@ against it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -210,7 +211,7 @@ class Rendering:
         else:
             stop_start = end - max(len(stop) for stop in self.stops.texts if own.endswith(stop, 0, end))
         target = own[start:end] + stop
-        spans = _reasons(found, start, stop_start, headless=self._headless(index))
+        spans = _reasons(found, own, start, stop_start, headless=self._headless(index))
         if len(target) > stop_start - start:
             spans.append((stop_start - start, len(target), Reason.STOP))
         trimmed = any(
@@ -264,7 +265,7 @@ class Rendering:
         return end + _common(prefix[at + len(words) :], text[end:]) if prefix and at >= 0 else end
 
 
-def _reasons(found: Located, start: int, end: int, headless: bool) -> list[tuple[int, int, Reason]]:
+def _reasons(found: Located, own: str, start: int, end: int, headless: bool) -> list[tuple[int, int, Reason]]:
     """Spans over own[start:end], relative to start: markup around a field takes the reason of what it belongs to."""
     spans: list[tuple[int, int, Reason]] = []
     at = start
@@ -272,13 +273,10 @@ def _reasons(found: Located, start: int, end: int, headless: bool) -> list[tuple
         field_start = max(found[i][0], at)
         if field_start > at:
             if i == 0:
-                between: Reason = Reason.HEADER if headless or reason == Reason.CONTENT else reason
+                first = Reason.HEADER if headless or reason == Reason.CONTENT else reason
+                spans.append((at - start, field_start - start, first))
             else:
-                before = found[i - 1][2]
-                between = before if reason == Reason.CONTENT else reason
-                if before == Reason.REASONING:
-                    between = Reason.REASONING
-            spans.append((at - start, field_start - start, between))
+                spans += _markup(found[i - 1][2], reason, own, (at, field_start), start)
         if field_end > field_start:
             spans.append((field_start - start, field_end - start, reason))
         at = max(at, field_end)
@@ -286,6 +284,21 @@ def _reasons(found: Located, start: int, end: int, headless: bool) -> list[tuple
         last = found[-1][2] if found else Reason.HEADER
         spans.append((at - start, end - start, last))
     return spans
+
+
+def _markup(
+    before: Reason, after: Reason, own: str, place: tuple[int, int], start: int
+) -> list[tuple[int, int, Reason]]:
+    """Spans for what stands between two fields: a closing tag belongs to what it closes, the rest to calls first."""
+    a, b = place
+    closing = _CLOSING.match(own, a, b)
+    middle = closing.end() if closing and before == Reason.REASONING else a
+    rest = after if after == Reason.CALL or middle > a else before
+    spans = [(a - start, middle - start, before), (middle - start, b - start, rest)]
+    return [span for span in spans if span[1] > span[0]]
+
+
+_CLOSING = re.compile(r"\s*</[^<>]*>\s*")
 
 
 def _common(a: str, b: str) -> int:

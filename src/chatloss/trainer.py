@@ -72,8 +72,13 @@ def train(
     recipe and data, the run continues from it; `fresh` starts anew. Raises `RecipeError` and `DataError`.
     """
     with join_world() as world:
-        return _Run(recipe, train_examples, eval_examples or (), world, tokenizer_files, decode, prompts, stop_ids,
-                    vocab_size, fresh, quiet).run()
+        run = _Run(recipe, train_examples, eval_examples or (), world, tokenizer_files, decode, prompts, stop_ids,
+                   vocab_size, fresh, quiet)
+        try:
+            return run.run()
+        finally:
+            if run.logger is not None:
+                run.logger.close()
 
 
 class _Run:
@@ -158,8 +163,6 @@ class _Run:
                 self._save()
         checkpoint.save(self.output / "model", self.loss, self.world, tokenizer_files=self.tokenizer_files,
                         stop_ids=self.stop_ids)
-        if self.logger is not None:
-            self.logger.close()
         return TrainResult(state["step"], state["skipped"], state["loss"], state["eval"], tuple(state["samples"]),
                            tuple(self.notes), self.output / "model", self.output / "metrics.jsonl")
 

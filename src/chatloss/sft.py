@@ -1,0 +1,122 @@
+"""From a recipe to a trained model: load the tokenizer, encode the chats under the policy, hand them to the trainer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chatloss.config import Recipe
+from chatloss.encode import ChatEncoder
+from chatloss.errors import RecipeError
+from chatloss.pipeline import examples
+from chatloss.policy import Policy
+from chatloss.read import read
+from chatloss.sample import Sample
+
+if TYPE_CHECKING:
+    from chatloss.trainer import TrainResult
+
+__all__ = ["encode_files", "recipe_encoder", "run_recipe", "stop_ids", "write_tokenizer"]
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "vocab.json", "merges.txt", "tokenizer.model")
+
+
+def recipe_encoder(recipe: Recipe) -> ChatEncoder:
+    """The encoder that a recipe asks for; the tokenizer is the model's own unless the recipe names another."""
+    tokenizer = recipe.tokenizer or (recipe.model if isinstance(recipe.model, str) else "")
+    if not tokenizer:
+        raise RecipeError("the recipe names no tokenizer", where="tokenizer", hint="set tokenizer = 'DIRECTORY'")
+    template = None if recipe.chat_template is None else Path(recipe.chat_template)
+    policy = Policy.from_dict(recipe.data.policy)
+    return ChatEncoder.load(tokenizer, template, policy, template_kwargs=recipe.data.template_kwargs)
+
+
+def encode_files(
+    recipe: Recipe, encoder: ChatEncoder, files: Sequence[str], *, rejects: Path | None = None
+) -> tuple[list[list[Sample]], list[list[int]]]:
+    """(examples, prompts): the rows of every conversation, and the ids an engine holds before its first answer.
+
+    Rejected rows are written to `rejects` and summed up on stderr; too many of them raise `DataError`.
+    """
+    reader = read(list(files), input_format=recipe.data.input_format or "auto", max_rejects=recipe.data.max_rejects)
+    made: list[list[Sample]] = []
+    prompts: list[list[int]] = []
+    cut = 0
+    try:
+        for one in examples(reader, encoder):
+            made.append(one.encoding.rows)
+            prompts.append(_first_prompt(one.encoding.rows[0]))
+            cut += sum(why == "truncated" for why in one.encoding.untrained.values())
+    finally:
+        if reader.rejects and rejects is not None:
+            rejects.parent.mkdir(parents=True, exist_ok=True)
+            reader.write_rejects(rejects)
+            kinds = ", ".join(f"{count} {kind}" for kind, count in reader.reject_counts.most_common())
+            print(f"rejected {reader.n_rejected} of {reader.n_rows} rows ({kinds}); see {rejects}", file=sys.stderr)
+    if cut:
+        print(f"left out {cut} turns that max_length cuts; see --overflow", file=sys.stderr)
+    return made, prompts
+
+
+def _first_prompt(row: Sample) -> list[int]:
+    trained = row.weights != 0
+    return [int(i) for i in row.input_ids[: int(trained.argmax()) if trained.any() else len(row)]]
+
+
+def stop_ids(encoder: ChatEncoder) -> list[int]:
+    """Single-token stops, those that training ends turns with first: what the checkpoint's generation config holds."""
+    stops = encoder.stops
+    texts = dict.fromkeys(text for text in (stops.answer.text, stops.call.text, *encoder.engine_stops) if text)
+    ids = [encoder.tokens.ids_of(text) for text in texts]
+    return list(dict.fromkeys(found[0] for found in ids if len(found) == 1))
+
+
+def write_tokenizer(encoder: ChatEncoder) -> Callable[[Path], None]:
+    """A function that writes the tokenizer into a checkpoint, with the template that was trained as its template."""
+
+    def write(directory: Path) -> None:
+        home = encoder.loaded.directory
+        if home is None:
+            raise RecipeError("the tokenizer has no files to put into the checkpoint", hint="load it from a directory")
+        for name in TOKENIZER_FILES:
+            if (home / name).is_file():
+                shutil.copyfile(home / name, directory / name)
+        config_file = directory / "tokenizer_config.json"
+        if config_file.is_file():
+            config = json.loads(config_file.read_text("utf-8"))
+            if config.pop("chat_template", None) is not None:  # the file of its own is the one that counts
+                config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        source = encoder.template.source
+        named = {"default": source} if isinstance(source, str) else source
+        for name, text in named.items():
+            path = directory / "chat_template.jinja"
+            if name != "default":
+                path = directory / "additional_chat_templates" / f"{Path(name).name}.jinja"
+                path.parent.mkdir(exist_ok=True)
+            path.write_bytes(text.encode())
+
+    return write
+
+
+def run_recipe(recipe: Recipe, *, fresh: bool = False, quiet: bool = False) -> TrainResult:
+    """Encode the recipe's data and train; see `chatloss.trainer.train`."""
+    from chatloss.trainer import train
+
+    if not recipe.data.train:
+        raise RecipeError("the recipe names no training data", where="data.train", hint="set train = ['chats.jsonl']")
+    encoder = recipe_encoder(recipe)
+    output = Path(recipe.output or ".")
+    trained, prompts = encode_files(recipe, encoder, recipe.data.train, rejects=output / "rejects.jsonl")
+    evaluated: list[list[Sample]] = []
+    if recipe.data.eval:
+        evaluated, prompts = encode_files(recipe, encoder, recipe.data.eval, rejects=output / "rejects-eval.jsonl")
+    return train(
+        recipe, trained, evaluated or None, tokenizer_files=write_tokenizer(encoder), decode=encoder.decode,
+        prompts=prompts[: recipe.run.samples], stop_ids=stop_ids(encoder),
+        vocab_size=getattr(encoder.tokens, "size", None), fresh=fresh, quiet=quiet,
+    )
