@@ -60,13 +60,14 @@ def breaches(law, rows, partial, untrained, row_format):
 
 
 class Law:
-    """What the law asks of every message. `stop_ids`: the generation config's. `missing_stop`: append, leave, error."""
+    """What the law asks of every message of a conversation.
 
-    def __init__(
-        self, tokenizer, template, messages, *, tools=None, template_kwargs=None, stop_ids=(), missing_stop="append"
-    ):
+    `stop_ids`: the `eos_token_id` of the generation config. `missing_stop`: "append", "leave" or "error". `how`: `tools`.
+    """
+
+    def __init__(self, tokenizer, template, messages, template_kwargs=None, stop_ids=(), missing_stop="append", **how):
         self.tokenizer, self.messages, self.missing_stop = tokenizer, messages, missing_stop
-        self.how = {"chat_template": template, "tools": tools, "tokenize": False, **(template_kwargs or {})}
+        self.how = {"chat_template": template, "tokenize": False, **how, **(template_kwargs or {})}
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.stop_ids = list(stop_ids) or [tokenizer.eos_token_id]
         self.ends = {tokenizer.convert_ids_to_tokens(t) for t in stop_ids} or special
@@ -126,7 +127,7 @@ class Law:
         tail, final, texts = own[end:], self.after_answer(i), []
         header = (self.messages[i].get("tool_calls") and self.after_answer(i, "tool")) or self.after_answer(i, "user")
         closing = self.stops(final) | ({final.strip()} if not self.controls(final) else set()) - {""}
-        last = [token for token in self.controls(tail) if tail.rstrip().endswith(token)]  # gpt-oss ends calls by <|call|>
+        last = [token for token in self.controls(tail) if tail.rstrip().endswith(token)]  # <|call|> of gpt-oss
         for stops in (closing, last, opening := self.stops(header)):
             texts = texts or [own[: end + tail.index(stop) + len(stop)] for stop in stops if stop in tail]
         if texts or self.missing_stop != "append":

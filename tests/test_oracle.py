@@ -566,6 +566,30 @@ def test_without_any_header_token_the_generation_config_or_the_tokenizer_names_t
     assert says(turn_violations(tokenizer, template, messages, prompt, "foo\n", stop_ids=[end]), "must emit")
 
 
+@pytest.mark.parametrize("answered", ["foo\n", "foo"])
+def test_an_appended_stop_may_follow_the_answer_or_the_whitespace_after_it(answered: str) -> None:
+    tokenizer, prompt, template = load("qwen3")[0], "### Problem: Go\n### Solution:", ALPACA.replace("on: ", "on:")
+    assert turn_violations(tokenizer, template, [*GO, answer("foo")], prompt, answered + "<|im_end|>") == []
+    found = turn_violations(tokenizer, template, [*GO, answer("foo  ")], prompt, answered + "<|im_end|>")
+    assert says(found, "must emit")
+
+
+@pytest.mark.parametrize(("stop", "after"), [("<|im_end|>", "\n"), ("<end_of_turn>", "\n"), ("</s>", "")])
+def test_a_stop_that_the_vocabulary_lacks_is_a_sequence_of_tokens(stop: str, after: str) -> None:
+    tokenizer, prompt = load("gpt-oss")[0], "user\nGo" + stop + after + "model\n"
+    template = (
+        "{% for m in messages %}{{ 'model' if m.role == 'assistant' else 'user' }}\n{{ m.content }}"
+        + stop
+        + repr(after).join(("{{ ", " }}"))
+        + "{% endfor %}{% if add_generation_prompt %}model{{ '\n' }}{% endif %}"
+    )
+    messages = [*GO, answer("foo")]
+    assert len(tokenizer.encode(stop, add_special_tokens=False)) > 1
+    assert turn_violations(tokenizer, template, messages, prompt, "foo" + stop) == []
+    for wrong in ("foo", "foo" + stop + "\nuser", "foo<|return|>", "foo" + stop[:-1], "foo" + stop + "<|return|>"):
+        assert says(turn_violations(tokenizer, template, messages, prompt, wrong), "must emit"), wrong
+
+
 def test_a_stop_that_the_answer_quotes_does_not_end_it() -> None:
     tokenizer, messages = load("qwen3")[0], [*GO, answer("Write <|im_end|> to stop.")]
     prompt = "<|im_start|>user\nGo<|im_end|>\n<|im_start|>assistant\n"
@@ -611,6 +635,7 @@ def test_the_first_token_of_an_empty_prompt_is_the_only_target_that_is_not_train
         ("llama3", [*GO, answer("foo", thinking="Because.")], 1, "altered"),
         ("llama3", [*GO, answer("foo", tool_calls=[CALL])], 1, "altered"),
         ("smollm2", [*GO, answer("foo", tool_calls=[CALL])], 1, "altered"),
+        ("mistral-v3", [*GO, answer("a", tool_calls=[CALL | {"id": "call00001"}])], 1, "altered"),
         ("mistral-v3", [{"role": "system", "content": "Be kind."}, *GO, answer("foo")], 2, "off_prompt"),
         ("qwen3.5", [*GO, answer("foo", reasoning_content="Because.")], 1, "off_prompt"),
         ("qwen3", [answer("foo"), user("Go on")], 0, "unrenderable"),

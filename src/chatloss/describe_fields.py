@@ -106,7 +106,8 @@ def tool_findings(probes: Probes) -> Iterator[TemplateFinding]:
     if text is None:
         yield TemplateFinding("tools", "tools", "refused", f"tool definitions are refused: {refusal(rendering)}")
     elif "Looks a word up." in text or "lookup" in text:
-        yield TemplateFinding("tools", "tools", "rendered", "tool definitions are rendered", witness=place(text, "lookup"))
+        shown = place(text, "lookup")
+        yield TemplateFinding("tools", "tools", "rendered", "tool definitions are rendered", witness=shown)
     else:
         severity = "info" if arguments is None else "warning"
         words = "tool definitions are ignored: the model never sees them"
@@ -214,7 +215,8 @@ def _opening_role(probes: Probes, role: str, without: str | None) -> TemplateFin
         return TemplateFinding("roles", name, "dropped", words, severity, place(prompt, QUESTION))
     between = prompt[at + len(SYSTEM) : asked] if asked > at else ""
     inside = asked > at and not control_texts(between, probes.encoder.loaded.tokens.special)
-    where = "rendered inside the user's message" if inside else "rendered" if asked > at else "rendered after the user's"
+    after = "rendered" if asked > at else "rendered after the user's"
+    where = "rendered inside the user's message" if inside else after
     words = f"a {role} message is {where}"
     if text is not None and SYSTEM not in text:
         words += ", and only while a user message comes last"
@@ -245,7 +247,7 @@ def _order(probes: Probes, name: str, what: str, chat: list[dict[str, Any]]) -> 
 
 
 def environment_findings(probes: Probes) -> Iterator[TemplateFinding]:
-    """BOS, dates, ``{% generation %}`` tags, named templates, arguments, and control texts that are no single tokens."""
+    """BOS, dates, ``{% generation %}`` tags, named templates, arguments, control texts that are no single tokens."""
     encoder, source = probes.encoder, probes.encoder.template.source
     text = probes.text(user(), answer())
     yield from _bos(encoder, text)

@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 
 from chatloss.encode import ChatEncoder
 from chatloss.findings import plural, quoted, witness
@@ -48,7 +49,7 @@ def prompt_findings(probes: Probes) -> Iterator[TemplateFinding]:
         words = f"a prompt cannot be rendered: {refusal(rendering)}"
         yield TemplateFinding("prompt", "generation_prompt", None, words, "error")
         return
-    shared = os.path.commonprefix([plain or "", prompt])
+    shared = os.path.commonprefix([plain or "", prompt])  # noqa: RUF071 (texts, not paths)
     if QUESTION not in shared:
         words = "add_generation_prompt changes text that stands before the generation prompt"
         yield TemplateFinding("prompt", "generation_prompt", None, words, "warning", witness(prompt, 0, len(prompt)))
@@ -93,7 +94,8 @@ def _prompt_reasoning(probes: Probes, added: str, turn: Turn, prompt: str) -> Te
     if turn.outcome != "off_prompt":
         return TemplateFinding("prompt", "prompt_reasoning", value, words, witness=shown)
     words += "; an answer without reasoning is rendered differently, so no prompt leads to it"
-    return TemplateFinding("prompt", "prompt_reasoning", value, words, "warning", shown, _switch(probes, turn.index, added))
+    remedy = _switch(probes, turn.index, added)
+    return TemplateFinding("prompt", "prompt_reasoning", value, words, "warning", shown, remedy)
 
 
 def _switch(probes: Probes, index: int, added: str) -> str:
@@ -218,7 +220,7 @@ def _rows(probes: Probes, name: str, chat: tuple[dict[str, object], ...], tools:
         return TemplateFinding("history", name, value, f"{turns} in one row")
     words = f"{turns} need {plural(len(encoding.rows), 'row')}"
     texts = [turn.prompt + turn.target for turn in encoding.turns]
-    for early, late in zip(texts, texts[1:], strict=False):
+    for early, late in pairwise(texts):
         if not late.startswith(early):
             at = _parting(early, late)
             words += f": as the chat goes on, {quoted(early[at : at + 24])} becomes {quoted(late[at : at + 24])}"
@@ -245,7 +247,8 @@ def _past_reasoning(probes: Probes) -> Iterator[TemplateFinding]:
         )
     if probes.encoder.template.formats.arguments is None:
         return
-    later = probes.text(user(), call(reasoning_content=THOUGHT), result(), answer(reasoning_content=THOUGHT2), tools=True)
+    chat = (user(), call(reasoning_content=THOUGHT), result(), answer(reasoning_content=THOUGHT2))
+    later = probes.text(*chat, tools=True)
     if later is not None:
         kept = THOUGHT in later
         words = "kept" if kept else "dropped"
