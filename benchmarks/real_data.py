@@ -1,7 +1,7 @@
 """Ten real data sets through native template-tokenizer pairs, default policies: ``python -m benchmarks.real_data``.
 
-Prints, for every pair and data set, the rows, the outcomes of the turns, and the share of conversations that the default
-policies reject, with the most frequent cause.
+Prints, for every pair and data set, the rows, the outcomes of the turns, and the share of conversations that the
+default policies reject, with the most frequent causes.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ LOOKUP = {
 
 def _call(word: str, call_id: str) -> dict[str, Any]:
     function = {"name": "lookup", "arguments": {"word": word, "limit": 3}}
-    return {"role": "assistant", "content": "", "tool_calls": [{"id": call_id, "type": "function", "function": function}]}
+    call = {"id": call_id, "type": "function", "function": function}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 def _user(text: str) -> dict[str, Any]:
@@ -133,10 +134,9 @@ def examine(template: str, name: str, tokenizer: Any, loaded: Any, tokenizer_nam
         result.text_rows = sum(not any(a != b and b.startswith(a) for b in texts) for a in set(texts))
         trained = {int(i) for row in encoding.rows for i in set(row.turns.tolist()) - {-1}}
         result.accounted = trained | set(encoding.untrained) == set(encoding.outcomes)
-        if encoding.rows:
-            result.violations = violations(
-                tokenizer, template, seen, encoding.rows, tools=tools, stop_ids=encoder.loaded.stop_ids, row_format="auto"
-            )
+        result.violations = violations(
+            tokenizer, template, seen, encoding.rows, tools=tools, stop_ids=encoder.loaded.stop_ids, row_format="auto"
+        )
         yield result
 
 
@@ -152,7 +152,7 @@ def _work(job: tuple[str, str]) -> list[Result]:
     directory = assets.tokenizer_dir(tokenizer_name)
     if tokenizer_name not in _TOKENIZERS:
         _TOKENIZERS[tokenizer_name] = AutoTokenizer.from_pretrained(directory), load_tokenizer(directory)
-    return list(examine(assets.templates()[name], name, *_TOKENIZERS[tokenizer_name], tokenizer_name))
+    return list(examine(assets.template(name), name, *_TOKENIZERS[tokenizer_name], tokenizer_name))
 
 
 _TOKENIZERS: dict[str, Any] = {}
@@ -161,6 +161,11 @@ _TOKENIZERS: dict[str, Any] = {}
 def jobs(tokenizer: str = "qwen3", limit: int = 0) -> list[tuple[str, str]]:
     names = sorted(assets.templates())
     return [(name, tokenizer) for name in (names[:: max(1, len(names) // limit)] if limit else names)]
+
+
+def native_jobs() -> list[tuple[str, str]]:
+    """Every tokenizer of the fast tier with the template that its model ships."""
+    return [(assets.NATIVE[tokenizer], tokenizer) for tokenizer in assets.FAST_TIER]
 
 
 def run(work: list[tuple[str, str]], processes: int = 2) -> list[Result]:
@@ -187,20 +192,71 @@ def summary(results: list[Result]) -> dict[str, dict[str, Any]]:
     return table
 
 
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+
+
+def floors() -> dict[str, int]:
+    """What the templates themselves allow for a plain three-turn chat, in text: no tokenizer, no rows.
+
+    "one row": one rendering of the chat begins with every turn's prompt and has its answer behind it; "own row": each
+    turn's own rendering does.
+    """
+    from chatloss.errors import TemplateError
+    from chatloss.template import ChatTemplate
+
+    chat = [_user("Hello there"), _answer("General answer one"), _user("second question"), _answer("Answer two here"),
+            _user("third question"), _answer("Answer three done")]
+    turns = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
+    counts = {"render": 0, "own row": 0, "one row": 0}
+    for text in assets.templates().values():
+        template = ChatTemplate(text, SPECIAL, clock=lambda: CLOCK)
+        try:
+            whole = template.render(chat)
+        except TemplateError:
+            continue
+        counts["render"] += 1
+        try:
+            prompts = [template.render(chat[:i], add_generation_prompt=True) for i in turns]
+            own = [template.render(chat[: i + 1]) for i in turns]
+        except TemplateError:
+            continue
+        answers = [chat[i]["content"] for i in turns]
+
+        def holds(texts: list[str], prompts: list[str] = prompts, answers: list[str] = answers) -> bool:
+            return all(t.startswith(p) and a in t[len(p) :] for t, p, a in zip(texts, prompts, answers, strict=True))
+
+        counts["own row"] += holds(own)
+        counts["one row"] += holds([whole] * len(turns))
+    return counts
+
+
+def write_csv(results: list[Result], path: Path) -> None:
+    """One line per template and shape: rows, and turns by outcome; the committed table."""
+    columns = ("exact", "split", "off_prompt", "altered", "unrenderable")
+    lines = [",".join(("template", "tokenizer", "shape", "renders", "rows", *columns))]
+    for r in results:
+        counts = Counter(r.outcomes)
+        values = (r.template, r.tokenizer, r.shape, int(r.renders), r.rows, *(counts[name] for name in columns))
+        lines.append(",".join(map(str, values)))
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--limit", type=int, default=0)
     parser.add_argument("--tokenizer", default="qwen3")
-    parser.add_argument("--out", default="")
+    parser.add_argument("--native", action="store_true", help="each tokenizer with its own template")
+    parser.add_argument("--csv", default="", help="write the outcome counts per template")
     options = parser.parse_args()
-    results = run(jobs(options.tokenizer, options.limit))
+    results = run(native_jobs() if options.native else jobs(options.tokenizer, options.limit))
     for shape, row in summary(results).items():
         print(shape, json.dumps(row))
     for r in results:
         if r.violations or not r.equal_text or not r.accounted:
             print(r.template, r.shape, r.outcomes, "TEXT" if not r.equal_text else "", r.violations[:2])
-    if options.out:
-        Path(options.out).write_text("\n".join(json.dumps(r.__dict__) for r in results) + "\n")
+    print("in text", json.dumps(floors()))
+    if options.csv:
+        write_csv(results, Path(options.csv))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def breaches(law, rows, partial, untrained, row_format):
 class Law:
     """What the law asks of every message of a conversation.
 
-    `stop_ids`: the `eos_token_id` of the generation config. `missing_stop`: "append", "leave" or "error". `how`: `tools`.
+    `stop_ids`: the generation config's `eos_token_id`. `missing_stop`: "append", "leave" or "error". `how`: `tools`.
     """
 
     def __init__(self, tokenizer, template, messages, template_kwargs=None, stop_ids=(), missing_stop="append", **how):
@@ -126,7 +126,8 @@ class Law:
         _, own, end, _ = self.turns[i]
         tail, final, texts = own[end:], self.after_answer(i), []
         header = (self.messages[i].get("tool_calls") and self.after_answer(i, "tool")) or self.after_answer(i, "user")
-        closing = self.stops(final) | ({final.strip()} if not self.controls(final) else set()) - {""}
+        foreign = re.match(rf"\s*(?:{TAG})*", final)[0].strip() or final.strip()  # no token of ours: perhaps all of it
+        closing = self.stops(final) | ({foreign} - {""} if not any(t in final for t in self.special) else set())
         last = [token for token in self.controls(tail) if tail.rstrip().endswith(token)]  # <|call|> of gpt-oss
         for stops in (closing, last, opening := self.stops(header)):
             texts = texts or [own[: end + tail.index(stop) + len(stop)] for stop in stops if stop in tail]

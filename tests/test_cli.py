@@ -118,7 +118,7 @@ def test_an_interrupt_ends_with_130(tmp_path: Path) -> None:
         assert process.stdout is not None and process.stdout.readline()
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and stderr.decode().strip().endswith("interrupted")
 
 

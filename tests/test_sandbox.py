@@ -115,6 +115,10 @@ EXHAUSTING = {
     "tuples made unique": grown(TUPLES, "{{ [ns.a, ns.b] | unique | list | length }}"),
     "tuples looked up": grown(TUPLES, "{{ ns.m.get(ns.a) }}"),
     "tuples looked up by subscript": grown(TUPLES, "{{ ns.m[ns.a] }}"),
+    "tuples looked up among keys": grown(TUPLES, "{{ ns.a in ns.m }}"),
+    "a view of a mapping that holds itself often": grown("{% set ns.m = {'a': ns.m, 'b': ns.m} %}", "{{ ns.m.items() }}"),
+    "a format by a test": "{{ '%1000000000d' is odd }}{{ '%1000000000d' is divisibleby(2) }}",
+    "a list tested for case": grown(LISTS, "{{ ns.a is lower }}"),
     "lists by filters": grown("{% set ns.a = ['', ''] | map('default', ns.a, true) | list %}", "{{ ns.a }}"),
     "lists by fromkeys": grown("{% set ns.m = dict.fromkeys(['a', 'b'], ns.m) %}", "{{ ns.m }}"),
     "a repeated string": "{{ 'a' * 10 ** 9 }}",
@@ -146,7 +150,7 @@ EXHAUSTING = {
     "the indent filter": "{{ ('a\n' * 10000) | indent(10 ** 9) }}",
     "the indent filter with much": BIG + "{{ ('a\n' * 10000) | indent(big) }}",
     "the tojson filter's indent": "{{ [1] | tojson(indent=10 ** 9) }}",
-    "a large power": "{{ 2 ** 10 ** 9 }}",
+    "a large power": "{{ 2 ** (10 ** 9) }}",
     "powers of powers": "{% set ns = namespace(n=9) %}{% for i in range(60) %}{% set ns.n = ns.n ** 60 %}{% endfor %}",
     "products of products": "{% set ns = namespace(n=9) %}{% for i in range(60) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
     "a large range": "{% for i in range(10 ** 12) %}{% endfor %}",
@@ -159,7 +163,7 @@ EXHAUSTING = {
     "much split": BIG + often("{{ big.split('x') | length }}"),
     "much listed": BIG + often("{{ big | list | length }}"),
     "much wrapped": BIG + "{{ big | wordwrap | length }}",
-    "much stripped of tags": "{{ ('<!--' * 1000000) | striptags }}",
+    "much stripped of tags": "{{ ('<!---->' * 1000000) | striptags }}",
     "a batch with a wide fill": "{{ [1] | batch(10 ** 9, 'x') | list | length }}",
     "many slices": "{{ [1] | slice(10 ** 9) | list | length }}",
     "a round beyond all digits": "{{ 1.5 | round(10 ** 9, 'floor') }}",
@@ -177,7 +181,7 @@ EXHAUSTING = {
     "a long chain of filters": "{{ 1" + " | string" * 50_000 + " }}",
     "a long chain of attributes": "{{ messages" + ".a" * 50_000 + " }}",
     "a constant that is large": "{{ 'a' * 100 * 100 * 100 * 100 * 100 * 100 }}",
-    "a constant power": "{{ 9 ** 9 ** 9 ** 9 }}",
+    "a constant power": "{{ 9 ** (9 ** 9) }}",
     "constant filters": "{{ 'a' | center(1000000000) | center(1000000000) }}",
 }
 ESCAPES = {
@@ -224,7 +228,7 @@ def test_a_template_that_reaches_outside_the_sandbox_is_refused(template: str) -
 
 
 def test_what_a_render_uses_is_not_charged_to_the_next() -> None:
-    template = ChatTemplate("{% for i in range(90) %}x{% endfor %}", bounds=Bounds(ticks=300, output=200, value=100))
+    template = ChatTemplate("{% for i in range(90) %}x{% endfor %}", bounds=Bounds(ticks=300, output=200, built=10_000, value=100))
     assert {template.render([{"role": "user", "content": "hi"}]) for _ in range(20)} == {"x" * 90}
 
 

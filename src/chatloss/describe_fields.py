@@ -33,7 +33,9 @@ from chatloss.probes import (
 from chatloss.switches import kwargs_read
 from chatloss.template import MARKER, TOOL, ChatTemplate, control_texts
 
-__all__ = ["content_findings", "environment_findings", "role_findings", "split_controls", "tool_findings"]
+__all__ = [
+    "content_findings", "date_findings", "environment_findings", "role_findings", "split_controls", "tool_findings",
+]
 
 INLINE = f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}"
 
@@ -251,7 +253,7 @@ def environment_findings(probes: Probes) -> Iterator[TemplateFinding]:
     encoder, source = probes.encoder, probes.encoder.template.source
     text = probes.text(user(), answer())
     yield from _bos(encoder, text)
-    yield from _clock(probes, text)
+    yield from date_findings(probes)
     texts = [source] if isinstance(source, str) else list(source.values())
     if any("{% generation" in t or "{%- generation" in t for t in texts):
         words = "the template has {% generation %} tags; masks are made without them, and agree with inference"
@@ -284,7 +286,9 @@ def _bos(encoder: ChatEncoder, text: str | None) -> Iterator[TemplateFinding]:
         yield TemplateFinding("around", "bos", "none", words)
 
 
-def _clock(probes: Probes, text: str | None) -> Iterator[TemplateFinding]:
+def date_findings(probes: Probes) -> Iterator[TemplateFinding]:
+    """Whether the same chat is rendered the same now, and on another day."""
+    text = probes.text(user(), answer())
     if text is None:
         return
     if probes.text(user(), answer()) != text:
@@ -304,7 +308,9 @@ def _clock(probes: Probes, text: str | None) -> Iterator[TemplateFinding]:
         return
     at = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after)))
     names = [name for name in kwargs_read(template.source) if "date" in name or name in ("today", "now")]
-    remedy = f"--template-kwargs '{{\"{names[0]}\": \"...\"}}'" if names else ""
+    remedy = "--chat-template FILE with a date of its own fixes it"
+    if names:
+        remedy = f"--template-kwargs '{{\"{names[0]}\": \"...\"}}' fixes it"
     words = "every prompt holds today's date: rows made on another day differ, and so will prompts at inference"
     yield TemplateFinding("around", "date", True, words, "warning", witness(before, at, at + 10), remedy)
 
@@ -316,6 +322,8 @@ def _rendered(probes: Probes, template: ChatTemplate, chat: list[Mapping[str, An
 
 def split_controls(encoder: ChatEncoder) -> dict[str, int]:
     """Control texts that the template writes and the tokenizer cuts into several tokens -> how many."""
+    if not encoder.loaded.special_tokens and not encoder.loaded.tokens.special:
+        return {}  # a bare function from text to ids does not say what its tokens are
     shown = encoder.template.probe({"role": "assistant", "content": ANSWER}) or ""
     spans = control_texts(shown, encoder.loaded.tokens.special)
     texts = dict.fromkeys([*(shown[a:b] for a, b in spans), encoder.stops.answer.text, encoder.stops.call.text])

@@ -35,7 +35,7 @@ from chatloss.probes import (
 )
 from chatloss.reference import Turn
 from chatloss.sample import Reason
-from chatloss.switches import as_flag, candidates, repair
+from chatloss.switches import as_flag, candidates, remedy_for, repair
 
 __all__ = ["history_findings", "prompt_findings", "stop_finding", "stop_findings"]
 
@@ -120,6 +120,8 @@ def stop_finding(encoder: ChatEncoder, *, of_call: bool = False) -> TemplateFind
         words = f"nothing ends {what}: the template writes no stop, and neither generation config nor tokenizer has one"
         remedy = "a tokenizer_config.json with eos_token, or another template"
         return TemplateFinding("stop", name, value, words, "error", remedy=remedy)
+    if not encoder.engine_stops and not tokens.special:
+        return TemplateFinding("stop", name, value, f"{what} ends with {quoted(text)}; this tokenizer names no stops")
     ids = tokens.ids_of(text)
     eos = encoder.loaded.special_tokens.get("eos_token", "")
     eos_id = tokens.ids_of(eos)[-1:] if eos else []
@@ -212,9 +214,9 @@ def _rows(probes: Probes, name: str, chat: tuple[dict[str, object], ...], tools:
         first = lost[0]
         detail = first.detail.removeprefix(REFUSES)
         words = f"{len(lost)} of {turns} cannot be trained as the template stands ({first.outcome}: {detail})"
-        found = repair(encoder, conversation, [turn.index for turn in lost])
+        found = remedy_for(encoder, conversation, [turn.index for turn in lost])
         flags = {"off_prompt": "drop|keep|splice", "altered": "drop|keep", "unrenderable": "drop"}
-        remedy = as_flag(found) if found else f"--{first.outcome.replace('_', '-')} {flags[first.outcome]}"
+        remedy = found or f"--{first.outcome.replace('_', '-')} {flags[first.outcome]}"
         return TemplateFinding("history", name, value, words, serious, remedy=remedy)
     if len(encoding.rows) == 1:
         return TemplateFinding("history", name, value, f"{turns} in one row")

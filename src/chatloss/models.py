@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from chatloss.attention import use_blocks
 from chatloss.batch import Document, MicroBatch
 from chatloss.config import Recipe
 from chatloss.errors import RecipeError
@@ -50,6 +51,7 @@ def load_model(recipe: Recipe, checkpoint: Path | None = None, vocab_size: int |
                 f"cannot load the model: {str(error).splitlines()[0]}", where=f"model = {where!r}",
                 hint="a directory with config.json and *.safetensors, or a hub id; init = 'random' needs no weights",
             ) from None
+    use_blocks(model)
     if recipe.lora is not None:
         model = _with_lora(model, recipe, checkpoint)
     if recipe.run.gradient_checkpointing:

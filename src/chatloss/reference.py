@@ -202,12 +202,17 @@ class Rendering:
         end = self.stops.end(own, max(start, fields_end))
         if whole and end is None:
             end = self.stops.end(own, start)
+        # A stop that the template writes only in this place: Apertus ends calls with a token that ends nothing else.
+        ending = None if end is not None else _ENDING.search(own, max(start, fields_end))
         stop, kind, stop_start = "", "rendered", end or 0
-        if end is None:
+        if ending is not None:
+            stop_start, end = ending.span(1)
+        elif end is None:
             known = self.stops.call if message.tool_calls else self.stops.answer
             kind = "appended" if self.missing_stop == "append" and known.text else "missing"
             stop = known.append if kind == "appended" else ""
-            end = stop_start = len(own) if known.flush and stop else self._tail_end(own, max(fields_end, start), message)
+            fields_end = max(fields_end, start)
+            end = stop_start = len(own) if known.flush and stop else self._tail_end(own, fields_end, message)
         else:
             stop_start = end - max(len(stop) for stop in self.stops.texts if own.endswith(stop, 0, end))
         target = own[start:end] + stop
@@ -298,6 +303,7 @@ def _markup(
     return [span for span in spans if span[1] > span[0]]
 
 
+_ENDING = re.compile(r"(<\|[^<>|]+\|>|<｜[^<>｜]+｜>)\s*\Z")
 _CLOSING = re.compile(r"\s*</[^<>]*>\s*")
 
 

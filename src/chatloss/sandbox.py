@@ -1,52 +1,32 @@
 """The Jinja environment that chat templates run in: that of transformers, plus bounds, because templates are untrusted.
 
-Bounded are loop iterations, the characters that a render writes (buffers included), the size of any one string or list
-that a template builds, and the widths it may format to. This stops accidents and cheap attacks; it is no substitute for
-running a template you distrust in a process of its own.
+Counted are the steps that a render takes (loops, calls, and every walk over a long value), the characters that it
+writes, the memory of the values that it builds, and the widths it formats to. This stops accidents and cheap attacks; it
+is no substitute for running a template you distrust in a process of its own.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import datetime
+from string import Formatter
 from typing import Any
 
-from jinja2 import nodes
-from jinja2.exceptions import SecurityError, TemplateRuntimeError
+from jinja2 import nodes, pass_context
+from jinja2.exceptions import SecurityError
 from jinja2.exceptions import TemplateError as JinjaError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context, Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
+from markupsafe import EscapeFormatter, Markup
 
-__all__ = ["Bounds", "Sandbox"]
+from chatloss.meter import Bounds, Exceeded, Meter
 
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """What one render may use: loop iterations, characters written, size of one value, width of one format."""
-
-    ticks: int = 5_000_000
-    output: int = 256_000_000
-    value: int = 128_000_000
-    width: int = 10_000
-
-
-class Exceeded(TemplateRuntimeError):
-    """A bound of the sandbox was hit."""
-
-
-class _Spent(threading.local):
-    """What the render running on this thread has used so far."""
-
-    ticks = 0
-    output = 0
+__all__ = ["Bounds", "Exceeded", "Sandbox"]
 
 
 class _Generation(Extension):
@@ -63,18 +43,77 @@ class _Generation(Extension):
         return caller()
 
 
-class _CountLoops(NodeTransformer):
-    """Sends every loop's iterable and every ``~`` through the environment, where they are counted."""
+# Filters that only `_Count` writes into a template: jinja compiles a filter to a plain call, and no name has a space.
+_TICK, _EACH, _WEIGHED, _SLICED, _CONCATENATED = " tick", " each", " weighed", " sliced", " concatenated"
+
+
+class _Count(NodeTransformer):
+    """Has loops, macro bodies, ``~``, slices, comparisons and keys counted."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
+        cost = _cost(node.body)
         self.generic_visit(node)
-        # A recursive loop hands its iterable on by itself; the recursion limit bounds it.
-        node.iter = nodes.Call(nodes.EnvironmentAttribute("ticked"), [node.iter], [], None, None, lineno=node.lineno)
+        if node.recursive:  # such a loop hands other iterables on to itself
+            node.body.insert(0, _tick(8 + cost, node))
+        node.iter = _filter(_EACH, node.iter, nodes.Const(cost))
         return node
+
+    def visit_Macro(self, node: nodes.Macro | nodes.CallBlock) -> nodes.Node:
+        cost = 8 + _cost(node.body)
+        self.generic_visit(node)
+        node.body.insert(0, _tick(cost, node))
+        return node
+
+    visit_CallBlock = visit_Macro
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        return nodes.Call(nodes.EnvironmentAttribute("concat_bounded"), node.nodes, [], None, None, lineno=node.lineno)
+        return _filter(_CONCATENATED, *node.nodes)
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        if not isinstance(node.arg, nodes.Slice):
+            return node
+        limits = (node.arg.start, node.arg.stop, node.arg.step)
+        return _filter(_SLICED, node.node, *(nodes.Const(None) if limit is None else limit for limit in limits))
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        left = node.expr
+        for operand in node.ops:
+            right = operand.expr
+            # Comparing with a constant takes no longer than the constant; searching is as long as what is searched.
+            if not (_constant(right) or (_constant(left) and operand.op not in ("in", "notin"))):
+                if left is node.expr:
+                    node.expr = _filter(_WEIGHED, left)
+                operand.expr = _filter(_WEIGHED, right)
+            left = right
+        return node
+
+    def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
+        self.generic_visit(node)
+        if not _constant(node.key):
+            node.key = _filter(_WEIGHED, node.key)
+        return node
+
+
+def _filter(name: str, value: nodes.Expr, *args: nodes.Expr) -> nodes.Filter:
+    return nodes.Filter(value, name, list(args), [], None, None, lineno=value.lineno)
+
+
+def _tick(cost: int, node: nodes.Node) -> nodes.Node:
+    return nodes.ExprStmt(_filter(_TICK, nodes.Const(cost, lineno=node.lineno)), lineno=node.lineno)
+
+
+def _cost(body: list[nodes.Node]) -> int:
+    """The steps that one run through a body takes, its inner loops not counted."""
+    found = [node for statement in body for node in (statement, *statement.find_all(nodes.Node))]
+    return 1 + (len(found) + sum(len(node.data) for node in found if isinstance(node, nodes.TemplateData))) // 32
+
+
+def _constant(node: nodes.Node) -> bool:
+    items = node.items if isinstance(node, nodes.List | nodes.Tuple) else [node]
+    return all(isinstance(item, nodes.Const) for item in items)
 
 
 class _SafeDict:
@@ -107,13 +146,38 @@ def _refuse_underscore(name: object) -> None:
         raise SecurityError(f"a template may not set the underscore name {name!r} on a namespace")
 
 
-# Filters that turn any value into text: a small list that holds itself many times over becomes a huge string.
-_TEXT_FILTERS = frozenset(
-    "string join tojson pprint format urlencode replace escape e forceescape trim upper lower title capitalize "
-    "center indent wordwrap wordcount truncate striptags xmlattr urlize safe reverse".split()
-)
-_WIDE_METHODS = frozenset("ljust rjust center zfill expandtabs".split())
-_DIGITS = re.compile(r"\d{5,}")
+class _Formatter(SandboxedFormatter):
+    """``str.format`` that measures what it formats, and the widths it formats to once they are known."""
+
+    def __init__(self, env: Sandbox, **kwargs: Any) -> None:
+        super().__init__(env, **kwargs)
+        self._meter = env.meter
+
+    def convert_field(self, value: Any, conversion: Any) -> Any:
+        return super().convert_field(self._meter.weighed(value), conversion)
+
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        return self._meter.spend(super().format_field(value, self._meter.narrow(format_spec)))
+
+
+class _EscapeFormatter(_Formatter, EscapeFormatter):
+    """The same for text that is marked as safe."""
+
+
+# Filters that read all of their input at once: an iterator is read here, counted, and handed on as a list.
+_EAGER = frozenset("join list sum sort unique min max groupby batch slice reverse last string tojson pprint".split())
+# Filters that do not look into their input.
+_SHALLOW = frozenset("map select reject selectattr rejectattr first default d attr length count items safe".split())
+# Filters that are slow.
+_SLOW = frozenset("striptags wordwrap urlize title wordcount".split())
+# Where a filter's width stands: the index among its arguments, and its name.
+_WIDTHS = {"center": (1, "width"), "indent": (1, "width"), "batch": (1, "linecount"), "slice": (1, "slices"),
+           "round": (1, "precision"), "tojson": (2, "indent")}
+_WIDE_METHODS = frozenset("ljust rjust center zfill expandtabs to_bytes".split())
+_NUMERIC_TESTS = frozenset("odd even divisibleby".split())
+_READING_TESTS = frozenset("== eq equalto != ne > gt greaterthan >= ge < lt lessthan <= le in lower upper".split())
+
+Before = Callable[[str, list[Any], dict[str, Any]], None]
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -122,170 +186,165 @@ class Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def __init__(self, clock: Callable[[], datetime], bounds: Bounds) -> None:
-        self.bounds = bounds
-        self.spent = _Spent()
+        self.meter = meter = Meter(bounds)
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], finalize=self._finalize
         )
-        self.filters = {name: self._bounded_filter(name, function) for name, function in self.filters.items()}
-        self.filters["tojson"] = self._tojson
+        self.filters["tojson"] = _tojson
+        self.filters = {name: self._bounded(name, function, self._before) for name, function in self.filters.items()}
+        for name in _NUMERIC_TESTS | _READING_TESTS:
+            self.tests[name] = self._bounded(name, self.tests[name], self._before_test)
+        own: dict[str, Callable[..., Any]] = {
+            _TICK: meter.tick, _EACH: meter.each, _WEIGHED: meter.weighed, _SLICED: self._sliced,
+            _CONCATENATED: self._concatenated,
+        }
+        self.filters |= {name: _never_folded(function) for name, function in own.items()}
         self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = lambda form: clock().strftime(self._format_width(form))
+        self.globals["strftime_now"] = lambda form: clock().strftime(meter.narrow(form))
         self.globals["dict"] = _SafeDict()
         self.globals["namespace"] = _SafeNamespace
         lipsum: Any = self.globals["lipsum"]
-        self.globals["lipsum"] = lambda n=5, *a, **k: lipsum(min(int(n), 100), *a, **k)
-
-    def start(self) -> None:
-        """Begin a render on this thread: nothing is spent yet."""
-        self.spent.ticks = self.spent.output = 0
+        self.globals["lipsum"] = lambda *args, **kwargs: lipsum(*_few(args), **_few(kwargs))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
-        return _CountLoops().visit(tree)  # type: ignore[no-any-return]
+        return _Count().visit(tree)  # type: ignore[no-any-return]
 
-    # -- what is counted -------------------------------------------------------------------------------------------
-
-    def tick(self, count: int = 1) -> None:
-        self.spent.ticks += count
-        if self.spent.ticks > self.bounds.ticks:
-            raise Exceeded(f"the template ran more than {self.bounds.ticks:,} loop iterations")
-
-    def ticked(self, iterable: Iterable[Any]) -> Iterable[Any]:
-        """`iterable`, each item counted. Sized inputs stay sized lists, so `loop.length` needs no second pass."""
-        if isinstance(iterable, list | tuple | dict | str):
-            # Counted when the loop starts: a `break` may leave some of them unused, which only errs on the safe side.
-            self.tick(len(iterable) + 1)
-            return iterable
-        return self._tick_each(iterable)
-
-    def _tick_each(self, iterable: Iterable[Any]) -> Iterator[Any]:
-        for item in iterable:
-            self.tick()
-            yield item
-
-    def concat_bounded(self, *values: Any) -> str:
-        text = "".join([self._text(value) for value in values])
-        self._bounded(text)
-        return text
-
-    def _finalize(self, value: Any) -> Any:
-        text = value if isinstance(value, str) else self._text(value)
-        self.spent.output += len(text)
-        if self.spent.output > self.bounds.output:
-            raise Exceeded(f"the template wrote more than {self.bounds.output:,} characters")
-        return text
+    def _finalize(self, value: Any) -> str:
+        return self.meter.write(value if isinstance(value, str) else self._text(value))
 
     def _text(self, value: Any) -> str:
-        if not isinstance(value, str):
-            self._weigh(value)
-            value = str(value)
-        self._bounded(value)
-        return str(value)
+        return value if isinstance(value, str) else str(self.meter.weighed(value))
 
-    def _bounded(self, value: Any) -> Any:
-        if isinstance(value, str | list | tuple) and len(value) > self.bounds.value:
-            raise Exceeded(f"the template built a value of more than {self.bounds.value:,} items")
-        return value
+    def _concatenated(self, *values: Any) -> str:
+        texts = [self._text(value) for value in values]
+        self.meter.at_most(sum(map(len, texts)))
+        return str(self.meter.spend("".join(texts)))
 
-    def _weigh(self, value: Any) -> None:
-        """Walk containers as often as writing them out would, and stop at the bound."""
-        stack = [value]
-        while stack:
-            item = stack.pop()
-            if isinstance(item, Mapping):
-                self.tick(len(item) + 1)
-                stack.extend(item.values())
-            elif isinstance(item, list | tuple):
-                self.tick(len(item) + 1)
-                stack.extend(item)
+    def _sliced(self, value: Any, *limits: Any) -> Any:
+        if isinstance(value, list | tuple | str):
+            self.meter.tick(len(value) >> 8)
+        return self.meter.spend(value[slice(*limits)])
 
-    def _format_width(self, form: Any) -> Any:
-        if isinstance(form, str) and any(int(width) > self.bounds.width for width in _DIGITS.findall(form)):
-            raise Exceeded(f"the template formats wider than {self.bounds.width:,} characters")
-        return form
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        return super().getitem(obj, self.meter.weighed(argument) if isinstance(argument, tuple) else argument)
 
-    def _widths(self, values: Iterable[Any]) -> None:
-        if any(isinstance(value, int) and abs(value) > self.bounds.width for value in values):
-            raise Exceeded(f"the template pads, repeats or formats wider than {self.bounds.width:,}")
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        if super().wrap_str_format(value) is None:
+            return None
+        text = value.__self__
+        formatter: Formatter = (
+            _EscapeFormatter(self, escape=text.escape) if isinstance(text, Markup) else _Formatter(self)
+        )
 
-    # -- where it is counted ---------------------------------------------------------------------------------------
+        def formatted(*args: Any, **kwargs: Any) -> str:
+            self.meter.tick(len(text) >> 4)
+            if value.__name__ == "format_map":
+                (kwargs,) = args
+                args = ()
+            return type(text)(formatter.vformat(text, args, kwargs))
+
+        return formatted
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
-        if isinstance(owner, str):
-            __self.tick(1 + len(owner) // 256)
-            if name in _WIDE_METHODS:
-                __self._widths(args)
-            elif name in ("format", "format_map"):
-                __self._format_width(owner)
-                __self._widths((*args, *kwargs.values()) if "{:{" in owner or "{}}" in owner else ())
-                for value in (*args, *kwargs.values()):
-                    __self._weigh(value)
-            elif name == "replace" and len(args) >= 2 and isinstance(args[1], str):
-                __self._repeat(len(args[1]), owner.count(args[0]) if isinstance(args[0], str) else 0)
-            elif name == "join" and args:
-                args = (__self._join_parts(owner, args[0]), *args[1:])
-        elif not isinstance(__obj, Macro):
-            __self.tick()
-        return __self._bounded(super().call(__context, __obj, *args, **kwargs))
+        __self.meter.tick(4)
+        owner = getattr(__obj, "__self__", None)
+        if isinstance(owner, str | bytes | int | list | tuple | dict | _SafeDict):
+            args = __self._before_method(owner, __obj.__name__, args, kwargs)
+        return __self.meter.spend(super().call(__context, __obj, *args, **kwargs))
+
+    def _before_method(self, owner: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+        meter = self.meter
+        if isinstance(owner, str | bytes) or name in ("count", "index"):
+            meter.weighed(owner)
+        for value in args:
+            meter.weighed(value)
+        if name in _WIDE_METHODS:
+            meter.widths((*args, *kwargs.values()))
+        if isinstance(owner, str | bytes) and args:
+            if name == "replace" and len(args) >= 2:
+                meter.replaced(owner, *args[:2])
+            elif name == "translate":
+                meter.translated(owner, args[0])
+            elif name == "expandtabs":
+                meter.expanded(owner, args[0])
+            elif name == "join":
+                return (meter.joined(owner, args[0]), *args[1:])
+        return args
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*":
-            for value, times in ((left, right), (right, left)):
-                if isinstance(value, str | list | tuple) and isinstance(times, int):
-                    self._repeat(len(value), times)
-        elif operator == "**" and isinstance(right, int | float) and abs(right) > 64:
-            raise Exceeded("the template raises a number to a power above 64")
-        elif operator == "%" and isinstance(left, str):
-            self._format_width(left)
-            self._widths(right if isinstance(right, tuple) and "*" in left else ())
-            self._weigh(right)
-        elif operator == "+" and isinstance(left, str | list | tuple) and isinstance(right, str | list | tuple):
-            self._repeat(len(left) + len(right), 1)
-        return super().call_binop(context, operator, left, right)
+        self.meter.operated(operator, left, right)
+        return self.meter.spend(super().call_binop(context, operator, left, right))
 
-    def _repeat(self, size: int, times: int) -> None:
-        if size * times > self.bounds.value:
-            raise Exceeded(f"the template repeats text to more than {self.bounds.value:,} characters")
+    def _before(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> None:
+        """Count what filter `name` is about to do with `args`, the first of which is what it filters."""
+        meter, value = self.meter, args[0] if args else None
+        if isinstance(value, Iterator):
+            args[0] = value = list(meter.each(value)) if name in _EAGER else meter.each(value)
+        if name not in _SHALLOW:
+            for given in (*args, *kwargs.values()):
+                meter.weighed(given)
+        if isinstance(value, Collection):
+            meter.tick(len(value) >> 4)
+        at, width = _WIDTHS.get(name, (len(args), ""))
+        wide = args[at] if at < len(args) else kwargs.get(width)
+        meter.widths([wide])
+        if name == "indent" and isinstance(wide, str) and isinstance(value, str):
+            meter.at_most(len(value) + len(wide) * value.count("\n"))
+        elif name == "format":
+            meter.formatted(value, kwargs or tuple(args[1:]))
+        elif name == "replace":
+            old, new = (args[i] if i < len(args) else kwargs.get(key) for i, key in ((1, "old"), (2, "new")))
+            meter.replaced(value, old, new)
+        elif name == "join" and isinstance(value, Iterable):
+            args[0] = meter.joined(args[1] if len(args) > 1 else kwargs.get("d", ""), value)
+        elif name == "sum" and isinstance(value, Collection):
+            meter.summed(value)
+        elif name in _SLOW and isinstance(value, str):
+            meter.slow(value)
 
-    def _join_parts(self, glue: str, parts: Iterable[Any]) -> list[Any]:
-        listed = list(parts)
-        self._repeat(sum(len(p) for p in listed if isinstance(p, str)) + len(glue) * len(listed), 1)
-        return listed
+    def _before_test(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> None:
+        for value in args:
+            self.meter.weighed(value)
+        if name in _NUMERIC_TESTS and args:
+            self.meter.formatted(args[0], args[1] if len(args) > 1 else 2)
 
-    def _bounded_filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        environment = self
+    def _bounded(self, name: str, function: Callable[..., Any], before: Before) -> Callable[..., Any]:
+        own = 1 if hasattr(function, "jinja_pass_arg") else 0  # the first argument is jinja's then
 
         def bounded(*args: Any, **kwargs: Any) -> Any:
-            # With pass_environment and its like the first argument is jinja's own; ints among the rest are widths.
-            environment._widths((*args[1:], *kwargs.values()))
-            for value in args:
-                if isinstance(value, list | tuple | str):
-                    environment.tick(1 + len(value) // 16)
-            if name in _TEXT_FILTERS:
-                for value in (*args, *kwargs.values()):
-                    environment._weigh(value)
-            if name == "format" and args:
-                environment._format_width(args[0])
-            if name == "replace" and len(args) >= 4 and all(isinstance(value, str) for value in args[1:4]):
-                environment._repeat(len(args[3]), args[1].count(args[2]))
-            result = function(*args, **kwargs)
-            return environment._bounded(result)
+            self.meter.tick(2)
+            given = list(args[own:])
+            before(name, given, kwargs)
+            return self.meter.spend(function(*args[:own], *given, **kwargs))
 
         for mark in ("jinja_pass_arg", "jinja_async_variant"):
             if hasattr(function, mark):
                 setattr(bounded, mark, getattr(function, mark))
         return bounded
 
-    def _tojson(
-        self, x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:
-        # Not jinja's own filter: that one escapes HTML, which no model has seen.
-        self._widths([indent])
-        self._weigh(x)
-        text = json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-        return str(self._bounded(text))
+
+def _never_folded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that the compiler does not evaluate, because it might depend on the context."""
+
+    @pass_context
+    def counted(context: Context, *args: Any) -> Any:
+        return function(*args)
+
+    return counted
+
+
+def _few(counts: Any) -> Any:
+    if any(isinstance(count, int) and count > 100 for count in (counts.values() if isinstance(counts, dict) else counts)):
+        raise Exceeded("the template asks for more than 100 words or paragraphs")
+    return counts
+
+
+def _tojson(
+    x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    # Not jinja's own filter: that one escapes HTML, which no model has seen.
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: Any) -> None:

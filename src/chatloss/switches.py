@@ -17,7 +17,7 @@ from chatloss.encode import ChatEncoder
 from chatloss.errors import TemplateError
 from chatloss.sandbox import Bounds, Sandbox
 
-__all__ = ["as_flag", "candidates", "kwargs_read", "repair"]
+__all__ = ["as_flag", "candidates", "kwargs_read", "remedy_for", "repair"]
 
 # What every render gives to a template, so no user needs to.
 GIVEN = frozenset(("messages", "tools", "documents", "add_generation_prompt"))
@@ -81,6 +81,23 @@ def repair(encoder: ChatEncoder, conversation: Conversation, turns: list[int]) -
         except TemplateError:
             continue
     return None
+
+
+def remedy_for(encoder: ChatEncoder, conversation: Conversation, turns: list[int]) -> str:
+    """What brings lost turns back, as a flag or an edit of the data that was tried and works; "" if nothing does."""
+    found = repair(encoder, conversation, turns)
+    if found:
+        return as_flag(found)
+    first, second = (*conversation.messages, None, None)[:2]
+    if first is None or second is None or first.role != "system" or second.role != "user":
+        return ""
+    joined = replace(second, content=f"{first.text}\n\n{second.text}")
+    merged = encoder.rendering(replace(conversation, messages=(joined, *conversation.messages[2:])))
+    try:
+        works = all(merged.turn(i - 1).outcome == "reachable" for i in turns)
+    except TemplateError:
+        return ""
+    return "put the system text into the first user message" if works else ""
 
 
 def candidates(encoder: ChatEncoder) -> Iterator[dict[str, Any]]:

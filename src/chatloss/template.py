@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -99,7 +99,7 @@ class ChatTemplate:
         name, text = self.select(tools)
         if name not in self._compiled:
             self._compiled[name] = self._compile(text)
-        self._sandbox.start()
+        self._sandbox.meter.start()
         try:
             return self._compiled[name].render(
                 messages=[_aliased(message) for message in messages],
@@ -121,6 +121,7 @@ class ChatTemplate:
             ) from None
 
     def _compile(self, text: str) -> Template:
+        self._sandbox.meter.start()
         try:
             return self._sandbox.from_string(text)
         except TemplateSyntaxError as error:
@@ -191,12 +192,14 @@ class ChatTemplate:
         known = set(control) | set(engine_stops)
         parts = self.formats.content == "parts"
         shown = self.probe({"role": "assistant", "content": ANSWER}, parts=parts) or ""
-        header = shown.split(ANSWER, 1)[0]
+        between = shown.partition(ANSWER)[0].rpartition(USER)[2]
+        # Behind the user's text stand the end of that turn and then what the answer's header is made of.
+        headers = {between[a:b] for a, b in control_texts(between, known)[1:]}
         user, tool = {"role": "user", "content": NEXT}, {"role": "tool", "content": NEXT, "tool_call_id": "call00001"}
         tail, call_tail = self.after_answer(), self.after_call()
-        rendered = first_stop(tail, known, engine_stops, header)
+        rendered = first_stop(tail, known, engine_stops, headers)
         answer = Stop(rendered, rendered) if rendered else next_header(tail, self.after_answer(user), known)
-        rendered = last_stop(call_tail, known, (*engine_stops, answer.text))
+        rendered = last_stop(call_tail, known, (*engine_stops, answer.text), headers)
         call = Stop(rendered, rendered) if rendered else next_header(call_tail, self.after_call(tool), known)
         return answer, call if call.text else answer
 
@@ -215,8 +218,10 @@ def call_message(arguments: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
-def control_texts(text: str, known: Iterable[str] = ()) -> list[tuple[int, int]]:
+def control_texts(text: str, known: Iterable[str] = (), *, inner: bool = False) -> list[tuple[int, int]]:
     """(start, end) of each control token in a template's own text, in order: special tokens, and markers like them.
+
+    Tags that stand inside answers (``</think>``) look the same; they only count with `inner`.
 
     >>> control_texts("</think> <|im_end|>", [])
     [(9, 19)]
@@ -225,10 +230,15 @@ def control_texts(text: str, known: Iterable[str] = ()) -> list[tuple[int, int]]
     pattern = re.compile("|".join([*special, MARKER.pattern]))
     spans = [(match.start(), match.end()) for match in pattern.finditer(text)]
     kept = set(known)
-    return [(a, b) for a, b in spans if text[a:b] in kept or not _INNER.search(text[a:b])]
+    return [
+        (a, b) for a, b in spans
+        if text[a:b] in kept or ((inner or not _INNER.search(text[a:b])) and any(c.isalnum() for c in text[a:b]))
+    ]
 
 
-def first_stop(text: str | None, known: Iterable[str], engine_stops: Sequence[str], header: str = "") -> str:
+def first_stop(
+    text: str | None, known: Iterable[str], engine_stops: Sequence[str], headers: Collection[str] = ()
+) -> str:
     """The first run of control tokens in what a template writes after an answer, or, without any, its plain text.
 
     The run ends at a token that an engine stops at, and before one that headers are made of.
@@ -241,21 +251,23 @@ def first_stop(text: str | None, known: Iterable[str], engine_stops: Sequence[st
         return (text or "").strip()
     start, end = last = spans[0]
     for a, b in spans[1:]:
-        if text[slice(*last)] in engine_stops or a != end or text[a:b] in header:
+        if text[slice(*last)] in engine_stops or a != end or text[a:b] in headers:
             break
         end, last = b, (a, b)
     return text[start:end]
 
 
-def last_stop(text: str | None, known: Iterable[str], stops: Sequence[str]) -> str:
+def last_stop(
+    text: str | None, known: Iterable[str], stops: Sequence[str], headers: Collection[str] = ()
+) -> str:
     """The stop behind a tool call: the first of `stops`, or else the last control token, for tags close before it."""
     if not text:
         return ""
     found = [(at, stop) for stop in stops if stop and (at := text.find(stop)) >= 0]
     if found:
         return min(found)[1]
-    spans = control_texts(text, known)
-    return text[slice(*spans[-1])] if spans else ""
+    found_texts = [text[a:b] for a, b in control_texts(text, known) if text[a:b] not in headers]
+    return found_texts[-1] if found_texts else ""
 
 
 def next_header(tail: str | None, text: str | None, known: Iterable[str]) -> Stop:
@@ -269,7 +281,7 @@ def next_header(tail: str | None, text: str | None, known: Iterable[str]) -> Sto
     if not text:
         return Stop()
     behind = text[len(tail) :] if tail is not None and text.startswith(tail) else text
-    spans = control_texts(behind, known)
+    spans = control_texts(behind, known, inner=True)  # a header's first token is no tag inside an answer
     if not spans:
         return Stop()
     stop = behind[slice(*spans[0])]
