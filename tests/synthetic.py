@@ -20,6 +20,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", **TINY, "tie_word_embeddings": True},
     "gemma": {"model_type": "gemma", **TINY},
     "gemma2": {"model_type": "gemma2", **TINY, "final_logit_softcapping": 5.0, "sliding_window": 8},
+    "mixtral": {"model_type": "mixtral", **TINY, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gemma3": {"model_type": "gemma3_text", **TINY, "sliding_window": 8},
 }
 

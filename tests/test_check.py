@@ -38,6 +38,7 @@ from tests import assets
 LOADED = load_tokenizer(tokenizer_directory())
 ENCODER = ChatEncoder.load(LOADED)
 MESSY = ASSETS / "messy.jsonl"
+BOS: dict[str, Any] = {"special_tokens": {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}}
 
 
 def encoder(policy: Policy | None = None, template: str | None = None) -> ChatEncoder:
@@ -292,17 +293,14 @@ def test_a_row_that_begins_with_bos_twice_is_found() -> None:
 # -- remedies ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_template_argument_that_is_advised_settles_it() -> None:
-    directory = assets.tokenizer_dir("qwen3")
-    template = assets.template("Qwen-QwQ-32B")  # opens <think> in every prompt
-    thinking = "{% set enable_thinking = enable_thinking | default(true) %}" + template.replace(
-        "<think>\\n' }}", "' ~ ('<think>\\n' if enable_thinking else '') }}")
-    assert thinking.count("enable_thinking") >= 3
-    report = check([chat("Hi", "Hello.")], ChatEncoder.load(directory, thinking))
-    assert report.turns["off_prompt"] == 1
-    flag = report["off_prompt"].remedy.split("'")[1]
-    settled = ChatEncoder.load(directory, thinking, template_kwargs=json.loads(flag))
-    assert check([chat("Hi", "Hello.")], settled).exit_code() == 0
+@pytest.mark.parametrize("name", ["zai-org-GLM-5", "google-gemma-4-31B-it"])
+def test_the_template_argument_that_is_advised_settles_it(name: str) -> None:
+    loaded, template = load_tokenizer(assets.tokenizer_dir("qwen3")), assets.template(name)
+    report = check([chat("Hi", "Hello.")], ChatEncoder.load(replace(loaded, **BOS), template))
+    assert report.turns["off_prompt"] == 1 and report.exit_code() == 1
+    kwargs = json.loads(report["off_prompt"].remedy.split("'")[1])
+    settled = check([chat("Hi", "Hello.")], ChatEncoder.load(replace(loaded, **BOS), template, template_kwargs=kwargs))
+    assert settled.turns["exact"] == 1 and settled.exit_code() == 0
 
 
 def test_the_edit_that_is_advised_settles_it() -> None:
@@ -433,7 +431,7 @@ def test_no_line_is_wider_than_the_terminal_or_ends_in_blanks(width: int) -> Non
 
 def test_severity_is_told_in_words_and_marks_without_colour() -> None:
     report = check(read(MESSY), ENCODER)
-    out = printed(report)
+    out = printed(report, 200)
     assert "\x1b" not in out and "\x1b[" in printed(report, force_terminal=True, color_system="standard")
     for mark, finding in zip(("✗ error", "! warning", "· info"), SEVERITIES, strict=True):
         assert out.count(mark) == report.severities[finding]

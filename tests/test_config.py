@@ -91,7 +91,7 @@ def test_a_mistake_is_named_with_its_key_and_a_remedy(
 
 @pytest.mark.parametrize(
     ("setting", "what"),
-    [("seed=1.5", "1.5 is not a whole number"), ("seed=true", "True is not a whole number"),
+    [("run.parallel=tp", "'tp' is not known"), ("seed=1.5", "1.5 is not a whole number"), ("seed=true", "True is not a whole number"),
      ("optim.lr=fast", "'fast' is not a number"), ("optim.lr=nan", "nan is not a number"),
      ("init=zero", "'zero' is not one of 'pretrained', 'random'"), ("optim=3", "3 is not a table"),
      ("run.gradient_checkpointing=1", "1 is not true or false"), ("batch.examples=0", "0 is not positive"),

@@ -56,6 +56,7 @@ def everything(world: World) -> dict[str, Any]:
             padded = Layout(world.size, None, 2, "none")
             out[parallel, "padded"] = spread_gradient(world, chats(9), parallel, layout=padded)
             out[parallel, "fewer rows than ranks"] = spread_gradient(world, chats(1), parallel)
+            out[parallel, "experts"] = spread_gradient(world, chats(5), parallel, family="mixtral")
             out[parallel, "tied"] = spread_gradient(world, chats(5), parallel, family="qwen3")
             out[parallel, "uneven tail"] = spread_gradient(
                 world, chats(3), parallel, layout=Layout(world.size, None, 1, "none")
@@ -136,8 +137,29 @@ def _trap_divide_factor_on_the_root_only(world: World) -> float:
     return difference(gradient_of(model), want)
 
 
-TRAPS = {"head outside": _trap_head_outside, "mean of means": _trap_mean_of_means,
-         "divide factor on the root only": _trap_divide_factor_on_the_root_only}
+def _trap_sum_hook_at_every_micro_batch(world: World) -> float:
+    """A SUM hook without `no_sync` on all but the last: earlier micro-batches are summed over the ranks again."""
+    from chatloss.step import tensors
+
+    model, examples = tiny(FAMILIES["llama"]), chats(8)
+    _, want = reference_gradient(model, examples)
+    weights = [Reduction.parse("token").of_example(rows) for rows in examples]
+    documents = [d for rows, w in zip(examples, weights, strict=True) for d in documents_of(rows, w)]
+    module: Any = world.wrap(TokenLoss(model), "ddp")
+
+    def add(_: Any, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+        work = torch.distributed.all_reduce(bucket.buffer(), async_op=True)
+        return work.get_future().then(lambda done: done.value()[0])  # type: ignore[union-attr]
+
+    module.register_comm_hook(None, add)
+    for batch in Layout(world.size, None, 1, "none").micro_batches(documents, world.rank):
+        sums, _nll = module(*tensors(batch, module, world.device))
+        (sums.sum() / sum(w.denominator for w in weights)).backward()
+    return difference(gradient_of(model), want)
+
+
+TRAPS = {"sum hook": _trap_sum_hook_at_every_micro_batch, "head outside": _trap_head_outside,
+         "mean of means": _trap_mean_of_means, "divide factor on the root only": _trap_divide_factor_on_the_root_only}
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +169,7 @@ def two_ranks() -> dict[Any, Any]:
 
 def check_exact(results: dict[Any, Any]) -> None:
     exact = {key: value for key, value in results.items() if isinstance(key, tuple)}
-    assert len(exact) == 3 + 1 + 8
+    assert len(exact) == 3 + 1 + 10
     for key, value in exact.items():
         assert all(number < 1e-12 for number in value.values()), (key, value)
 

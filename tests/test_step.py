@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from chatloss.attention import use_blocks
 from chatloss.batch import Layout, documents_of
 from chatloss.errors import RecipeError
 from chatloss.loss.model import TokenLoss
@@ -42,6 +43,7 @@ def chatloss_gradient(
     model: Any, examples: Sequence[Sequence[Sample]], name: str, layout: Layout, norm: str = "count"
 ) -> tuple[StepResult, Gradient]:
     model.zero_grad()
+    use_blocks(model)
     reduction = Reduction.parse(name, norm)
     weights = [reduction.of_example(rows) for rows in examples]
     documents = [d for rows, w in zip(examples, weights, strict=True) for d in documents_of(rows, w)]

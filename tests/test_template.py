@@ -21,7 +21,11 @@ from tests import assets
 Message = dict[str, Any]
 CLOCK = datetime(2026, 11, 22, 3, 4, 5)
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-CALL = {"id": "call00001", "type": "function", "function": {"name": "look_up", "arguments": {"word": "é<&>", "n": [1, None]}}}
+CALL = {
+    "id": "call00001",
+    "type": "function",
+    "function": {"name": "look_up", "arguments": {"word": "é<&>", "n": [1, None]}},
+}
 TOOLS = [
     {
         "type": "function",
@@ -44,7 +48,14 @@ CHAT: list[Message] = [
     {"role": "assistant", "content": "  Found it.\n", "reasoning_content": "It says so."},
 ]
 SHAPES: dict[str, tuple[list[Message], list[Message] | None]] = {
-    "plain": ([CHAT[1], {"role": "assistant", "content": " Hello 👩‍👩‍👧!\n\n"}, {"role": "user", "content": "e\u0301 \u05d0"}], None),
+    "plain": (
+        [
+            CHAT[1],
+            {"role": "assistant", "content": " Hello 👩‍👩‍👧!\n\n"},
+            {"role": "user", "content": "e\u0301 \u05d0"},
+        ],
+        None,
+    ),
     "system": ([CHAT[0], CHAT[1], {"role": "assistant", "content": "Hello"}], None),
     "tools": (CHAT, TOOLS),
     "reasoning": ([CHAT[1], CHAT[4], {"role": "user", "content": "<think>?</think>"}, CHAT[4]], None),
@@ -313,7 +324,11 @@ ONE_LINE = "{%% for m in messages %%}%s{%% endfor %%}{%% if add_generation_promp
 @pytest.mark.parametrize(
     ("body", "prompt", "stop"),
     [
-        ("<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", "<|im_start|>assistant\n", Stop("<|im_end|>", "<|im_end|>")),
+        (
+            "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n",
+            "<|im_start|>assistant\n",
+            Stop("<|im_end|>", "<|im_end|>"),
+        ),
         ("<|{{ m.role }}|>\n{{ m.content }}", "<|assistant|>\n", Stop("<|user|>", "<|user|>", True)),
         ("[INST] {{ m.content }} [/INST]", "", Stop("[/INST]", "[/INST]")),
         ("### {{ m.role }}:\n{{ m.content }}\n### End\n", "### assistant:\n", Stop("### End", "### End")),
@@ -328,7 +343,7 @@ def test_tags_inside_an_answer_are_no_control_tokens() -> None:
     text = "</think><tool_call>x</tool_call><|im_end|><arg_key><b></s>"
     assert [text[a:b] for a, b in control_texts(text)] == ["<|im_end|>"]
     assert [text[a:b] for a, b in control_texts(text, ["</s>"])] == ["<|im_end|>", "</s>"]
-    assert [text[a:b] for a, b in control_texts(text, ["</think>"])][0] == "</think>"
+    assert next(text[a:b] for a, b in control_texts(text, ["</think>"])) == "</think>"
 
 
 def test_a_conversation_keeps_its_extra_fields_for_the_template() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 
+from chatloss.models import plain_experts
 from chatloss.sample import Sample
 from tests.test_reduction import expected
 
@@ -19,7 +20,9 @@ def tiny(config: Mapping[str, Any], dtype: torch.dtype = torch.float64, seed: in
     torch.manual_seed(seed)
     values = dict(config)
     made = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
-    return transformers.AutoModelForCausalLM.from_config(made, dtype=dtype)
+    model = transformers.AutoModelForCausalLM.from_config(made, dtype=dtype)
+    plain_experts(model)
+    return model
 
 
 def shares(name: str, examples: Sequence[Sequence[Sample]]) -> list[dict[int, float]]:

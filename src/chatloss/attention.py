@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def blocks_of(mask: Tensor) -> list[Block]:
     >>> blocks_of(mask)
     [(0, 0, 2, True), (0, 2, 5, True)]
     """
-    found: list[Block] | None = _BLOCKS.get(mask)
+    found: list[Block] | None = _BLOCKS.get(mask)  # type: ignore[no-untyped-call]
     if found is not None:
         return found
     width = mask.shape[-1]
@@ -36,7 +37,7 @@ def blocks_of(mask: Tensor) -> list[Block]:
     for b in range(mask.shape[0]):
         square = mask[b, 0]
         starts = [0, *((~square.diagonal(-1)).nonzero()[:, 0] + 1).tolist(), width]
-        parts = list(zip(starts, starts[1:], strict=False))
+        parts = list(pairwise(starts))
         insides = [square[start:end, start:end] for start, end in parts]
         if int(square.sum()) != sum(int(inside.sum()) for inside in insides):
             parts, insides = [(0, width)], [square]

@@ -143,16 +143,16 @@ def _seems_cut(text: str) -> str:
     text = text.rstrip()
     if text.count("```") % 2:
         return "a code block is left open"
-    if len(text) < 40 or "```" in text[-4:]:
+    wide = bool(text) and ord(text[-1]) > 0x2E7F
+    if len(text) < (16 if wide else 40) or "```" in text[-4:]:
         return ""
     last = text.rsplit("\n", 1)[-1]
-    wide = ord(text[-1]) > 0x2E7F
     if not (text[-1].isalnum() or text[-1] in ",，、([{（") or not _SENTENCE.search(text[:-1]) or _ITEM.match(last):
         return ""
     # A last line of one sentence without a full stop is a signature, a title, a link; this one began another before.
     ended = list(_SENTENCE.finditer(last))
     rest = last[ended[-1].end() :] if ended else ""
-    if len(rest.split()) < (1 if wide else 3) or len(rest) < 8 or "://" in rest or _SIGNED.search(rest):
+    if len(rest.split()) < (1 if wide else 3) or len(rest) < (5 if wide else 8) or "://" in rest or _SIGNED.search(rest):
         return ""
     words = text[-16:] if wide else " ".join(text.split()[-4:])
     return f"…{words}"

@@ -90,7 +90,7 @@ CAUSES: Mapping[str, Cause] = {
                             "remove it, or --control-tokens parity"),
     "missing_stop": Cause("warning", "turn", "an answer is rendered without a stop, so the model never learns to end",
                           "--missing-stop append"),
-    "too_long": Cause("warning", "conversation", "a row is longer than max_length, so some of its turns are lost",
+    "too_long": Cause("warning", "turn", "a turn does not fit into max_length and is lost",
                       "a longer --max-length, or --overflow window"),
     "one_row": Cause("error", "conversation", "one row cannot hold all turns as inference shows them",
                      "--row-format auto, or --unlawful keep"),

@@ -181,10 +181,16 @@ class _Audit:
 
     def problems(self, conversation: Conversation, encoding: Encoding, branch: str) -> None:
         source, policy = conversation.source, self.encoder.policy
+        cut = [i for i, why in encoding.untrained.items() if why == "truncated"]
         for problem in encoding.problems:
             handled = {"drop": "info", "splice": "info"}.get(getattr(policy, problem.cause, ""), "warning")
             place = f"{branch}messages[{problem.message}]" if problem.message >= 0 else ""
             severity = "error" if problem.fatal else handled
+            if problem.cause == "too_long":  # told once for each turn that is lost
+                for i in cut:
+                    self.hit("too_long", source, f"{branch}messages[{i}]", problem.detail, severity=severity)
+                cut = []
+                continue
             self.hit(_cause_of(problem), source, place, _detail_of(problem), severity=severity)
             if problem.cause == "off_prompt" and self.lost is None:
                 self.lost = conversation, [i for i, told in encoding.outcomes.items() if told == "off_prompt"]

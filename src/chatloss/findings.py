@@ -123,19 +123,22 @@ class Lines:
 
         for line in self.lines:
             hang = sum(cell_len(text) for text, _ in line.head)
+            head = list(line.head)
             if hang > width // 2:  # a narrow terminal: the text goes below its head
-                yield list(line.head)
+                if "".join(text for text, _ in head).strip():
+                    yield _trimmed(head)
                 hang = 2
-                wrapped = _wrap(line.text, max(8, width - hang))
-                yield from ([(" " * hang, ""), (part, line.style)] for part in wrapped if part)
-                continue
-            for i, part in enumerate(_wrap(line.text, max(8, width - hang))):
-                head = list(line.head) if i == 0 else [(" " * hang, "")]
-                if part:
-                    yield [*head, (part, line.style)]
-                else:
-                    *rest, (text, style) = head or [("", "")]
-                    yield [*rest, (text.rstrip(), style)]
+                head = [("  ", "")]
+            for part in _wrap(line.text, max(8, width - hang)):
+                yield _trimmed([*head, (part, line.style)])
+                head = [(" " * hang, "")]
+
+
+def _trimmed(pieces: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The pieces without blanks at their end."""
+    while pieces and not pieces[-1][0].strip():
+        pieces = pieces[:-1]
+    return [*pieces[:-1], (pieces[-1][0].rstrip(), pieces[-1][1])] if pieces else []
 
 
 def _wrap(text: str, width: int) -> list[str]:

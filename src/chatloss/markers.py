@@ -50,30 +50,29 @@ class Markers:
 def responses(text: str, markers: Markers, where: str = "") -> list[tuple[int, int]]:
     """(start, end) of every trained stretch of `text`, in characters.
 
-    Raises `DataError` where a marker never occurs, or where a quoted marker makes the structure ambiguous: a marker
-    that stands in the middle of a line, although the row's first one begins a line, is a quotation; two response
-    markers without an instruction between them, or a stop without a header, cannot be told from structure.
+    Raises `DataError` where a marker never occurs, or where a quoted marker makes the structure ambiguous: one that
+    begins a line here and stands inside a line there (a marker given with a newline before it only counts at line
+    starts), two response markers without an instruction between them, a stop without a header.
 
     >>> responses("### Q: a\\n### A: b\\n### Q: c\\n### A: d", Markers("all", "### A:", "### Q:"))
     [(15, 18), (33, 35)]
     """
     if markers.mode == "minimind":
         return _headers_through_stops(text, markers, where)
-    marker = markers.response.rstrip("\n")
-    found = _structural(text, marker)
+    found = _structural(text, markers.response, where)
     if not found:
         raise DataError(
             f"the response marker {markers.response!r} does not occur", where=where,
             hint="check its spelling against `chatloss view`; every row needs one", kind="marker",
         )
-    starts = [at + len(marker) for at in found]
+    starts = [at + len(markers.response.strip("\n")) for at in found]
     if markers.mode == "last":
         return [_ended(text, _line_begun(text, starts[-1]), len(text), markers)]
     return _between(text, markers, found, starts, where)
 
 
 def _between(text: str, markers: Markers, found: list[int], starts: list[int], where: str) -> list[tuple[int, int]]:
-    questions = _structural(text, markers.instruction.rstrip("\n"))
+    questions = _structural(text, markers.instruction, where)
     if not questions:
         what = f"the instruction marker {markers.instruction!r} does not occur"
         raise DataError(what, where=where, hint="check its spelling; every row needs one", kind="marker")
@@ -119,19 +118,30 @@ def _ambiguous(what: str, at: int, where: str) -> NoReturn:
     raise DataError(f"{what} (character {at})", where=where, hint=_EDIT, kind="marker")
 
 
-def _structural(text: str, marker: str) -> list[int]:
-    """Where `marker` stands as structure: if it first begins a line, only where it begins a line."""
-    found, at = [], text.find(marker)
+def _structural(text: str, marker: str, where: str) -> list[int]:
+    """Where `marker` stands as structure: at line starts if it is given with a newline in front, else anywhere.
+
+    A marker that begins a line here and stands in the middle of one there is quoted in one of the two places; which, only
+    the user can say.
+    """
+    bare = marker.strip("\n")
+    found, at = [], text.find(bare)
     while at >= 0:
         found.append(at)
-        at = text.find(marker, at + len(marker))
-    if found and _begins_line(text, found[0]):
-        return [at for at in found if _begins_line(text, at)]
+        at = text.find(bare, at + len(bare))
+    begin = [at for at in found if _begins_line(text, at)]
+    if marker.startswith("\n"):
+        return begin
+    if begin and len(begin) < len(found):
+        quoted = next(at for at in found if at not in begin)
+        what = f"the marker {bare!r} begins a line in one place and stands inside a line in another ({quoted})"
+        hint = f"give it as {chr(92)}n{bare} if it always begins a line, or edit the row"
+        raise DataError(what, where=where, hint=hint, kind="marker")
     return found
 
 
 def _begins_line(text: str, at: int) -> bool:
-    return at == 0 or text[at - 1] == "\n" or text[at] == "\n"
+    return at == 0 or text[at - 1] == "\n"
 
 
 def _line_begun(text: str, at: int) -> int:

@@ -26,7 +26,7 @@ class Bounds:
 
     ticks: int = 5_000_000
     output: int = 128_000_000
-    built: int = 1_000_000_000
+    built: int = 2_000_000_000
     value: int = 32_000_000
     width: int = 10_000
 
@@ -37,6 +37,7 @@ class Exceeded(TemplateRuntimeError):
 
 _DIGITS = re.compile(r"\d{5,}")
 _BITS = 1 << 16
+_SCALARS = frozenset((int, float, bool, type(None), range))
 
 
 class Meter(threading.local):
@@ -106,20 +107,27 @@ class Meter(threading.local):
         while stack:
             items = stack.pop()
             self.tick(1 + (len(items) >> 2))
+            total += len(items)
             for item in items:
-                total += 1
-                if isinstance(item, str | bytes):
+                kind = type(item)
+                if kind is str:
                     total += len(item)
-                elif isinstance(item, Mapping):
+                elif kind is list or kind is tuple:
+                    stack.append(item)
+                elif kind is dict or isinstance(item, Mapping):
                     stack += [[*item.keys()], [*item.values()]]
-                elif isinstance(item, Namespace):
-                    stack.append([item._Namespace__attrs])  # type: ignore[attr-defined]
-                elif isinstance(item, list | tuple):
-                    stack.append(item)  # type: ignore[arg-type]
-                elif isinstance(item, Collection) and not isinstance(item, range):
-                    stack.append([*item])
+                elif kind not in _SCALARS:
+                    stack.append(self._items(item))
             self.at_most(total)
         return total
+
+    def _items(self, value: Any) -> list[Any]:
+        """What is written where an unusual value is."""
+        if isinstance(value, str | bytes):
+            return [value.decode("latin-1") if isinstance(value, bytes) else str(value)]
+        if isinstance(value, Namespace):
+            return [value._Namespace__attrs]
+        return [*value] if isinstance(value, Collection) else []
 
     def at_most(self, size: int) -> None:
         if size > self.bounds.value:
@@ -140,9 +148,10 @@ class Meter(threading.local):
     # -- what an operation is about to make ------------------------------------------------------------------------
 
     def replaced(self, text: Any, old: Any, new: Any) -> None:
-        if isinstance(text, str | bytes) and isinstance(old, type(text)):
-            length = len(new) if isinstance(new, str | bytes) else self.size(new)
-            self.at_most(len(text) + length * text.count(old))
+        if isinstance(text, str):
+            self.at_most(len(text) + self.size(new) * text.count(str(self.weighed(old))))
+        elif isinstance(text, bytes) and isinstance(old, bytes):
+            self.at_most(len(text) + self.size(new) * text.count(old))
 
     def joined(self, glue: Any, parts: Iterable[Any]) -> list[Any]:
         """`parts` as a list, small enough to be joined."""
@@ -153,12 +162,12 @@ class Meter(threading.local):
     def formatted(self, form: Any, values: Any) -> None:
         """``form % values``."""
         if isinstance(form, str | bytes):
-            percent, star = ("%", "*") if isinstance(form, str) else (b"%", b"*")
-            self.narrow(form)
-            if star in form:  # type: ignore[operator]
+            text = form.decode("latin-1") if isinstance(form, bytes) else form
+            self.narrow(text)
+            if "*" in text:
                 self.widths(values if isinstance(values, tuple) else ())
-            fields = 1 if isinstance(values, tuple) else form.count(percent)  # type: ignore[arg-type]
-            self.at_most(len(form) + fields * self.size(values))
+            fields = 1 if isinstance(values, tuple) else text.count("%")
+            self.at_most(len(text) + fields * self.size(values))
 
     def translated(self, text: Any, table: Any) -> None:
         if isinstance(table, Mapping):

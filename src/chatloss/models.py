@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from chatloss.errors import RecipeError
 from chatloss.loss.model import TokenLoss
 from chatloss.step import tensors
 
-__all__ = ["PureFloat64", "caveats", "head_difference", "isolation_difference", "load_model"]
+__all__ = ["PureFloat64", "caveats", "head_difference", "isolation_difference", "load_model", "plain_experts"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 # Largest relative difference that counts as float noise in the probes, by dtype of the parameters.
@@ -52,6 +53,8 @@ def load_model(recipe: Recipe, checkpoint: Path | None = None, vocab_size: int |
                 hint="a directory with config.json and *.safetensors, or a hub id; init = 'random' needs no weights",
             ) from None
     use_blocks(model)
+    if dtype == torch.float64:
+        plain_experts(model)
     if recipe.lora is not None:
         model = _with_lora(model, recipe, checkpoint)
     if recipe.run.gradient_checkpointing:
@@ -59,6 +62,12 @@ def load_model(recipe: Recipe, checkpoint: Path | None = None, vocab_size: int |
         enable({"use_reentrant": False})
     trained: nn.Module = model.train()
     return trained
+
+
+def plain_experts(model: Any) -> None:
+    """Makes experts multiply one by one: torch's grouped product, transformers' default, knows no float64."""
+    if getattr(model.config, "_experts_implementation", None) not in (None, "eager"):
+        model.set_experts_implementation("eager")
 
 
 def _config(recipe: Recipe, vocab_size: int | None) -> Any:
@@ -133,27 +142,28 @@ def head_difference(model: Any, input_ids: Sequence[int]) -> str:
 
 
 @torch.no_grad()
-def isolation_difference(loss: TokenLoss, documents: Sequence[Document]) -> str:
+def isolation_difference(loss: TokenLoss, documents: Sequence[Document], module: nn.Module | None = None) -> str:
     """Why documents in one pack are not isolated from each other in this model; "" if they are.
 
     Packs up to three real documents, then changes the content and then the length of one neighbour, and compares what
-    the others get with what they get alone. Compared are hidden states at every position, beyond float noise.
+    the others get with what they get alone. Compared are hidden states at every position, beyond float noise. They are
+    computed by `module`, which is `loss` wrapped for several ranks (all of them call this), on its own device.
     """
     parts = [_cut(document) for document in documents[:3]]
     while len(parts) < 3:
         parts.append(parts[-1])
     first, middle, last = parts
-    other = Document((middle.input_ids[::-1] * 7 + 3) % _vocabulary(loss.inner), middle.target_ids, middle.weights,
-                     middle.row)
+    vocabulary = int(loss.inner.get_input_embeddings().weight.shape[0])
+    other = replace(middle, input_ids=(middle.input_ids[::-1] * 7 + 3) % vocabulary)
     twice = [np.concatenate([array, array]) for array in (other.input_ids, other.target_ids, other.weights)]
     longer = Document(twice[0], twice[1], twice[2], other.row)
     was_training = loss.training
     loss.eval()
     try:
-        alone = [_states(loss, [part])[0] for part in (first, last)]
+        alone = [_states(loss, [part], module)[0] for part in (first, last)]
         for name, pack in (("", [first, middle, last]), ("content", [first, other, last]),
                            ("length", [first, longer, last])):
-            states = _states(loss, pack)
+            states = _states(loss, pack, module)
             if not all(_same(a, b) for a, b in zip(alone, (states[0], states[2]), strict=True)):
                 return f"a neighbour's {name} changes it" if name else "a document computes differently beside others"
     finally:
@@ -165,16 +175,15 @@ def _cut(document: Document, length: int = 32) -> Document:
     return Document(document.input_ids[:length], document.target_ids[:length], document.weights[:length], document.row)
 
 
-def _vocabulary(model: Any) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])
-
-
-def _states(loss: TokenLoss, pack: list[Document]) -> list[Tensor]:
-    batch = MicroBatch.build([pack])
-    device = next(loss.parameters()).device
-    input_ids, position_ids, *_ = tensors(batch, loss, device)
-    out = loss.inner.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state[0]
-    return list(out.split([len(document) for document in pack]))
+def _states(loss: TokenLoss, pack: list[Document], module: nn.Module | None) -> list[Tensor]:
+    """The last hidden states [n, H] of every document of a pack, out of the whole module's own forward pass."""
+    seen: list[Tensor] = []
+    hook = loss.inner.base_model.register_forward_hook(lambda _, __, out: seen.append(out.last_hidden_state))
+    try:
+        (module or loss)(*tensors(MicroBatch.build([pack]), loss, next(loss.parameters()).device))
+    finally:
+        hook.remove()
+    return list(torch.split(seen[0][0], [len(document) for document in pack]))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +15,7 @@ from torch import nn
 
 from chatloss.errors import RecipeError
 
-__all__ = ["Parallel", "World", "join_world"]
-
-Parallel = Literal["ddp", "fsdp"]
+__all__ = ["World", "join_world"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +46,12 @@ class World:
         if self.size > 1:
             torch.distributed.barrier(group=self.cpu_group)
 
-    def wrap(self, module: nn.Module, parallel: Parallel, layers: Sequence[nn.Module] = ()) -> nn.Module:
-        """The module spread over the ranks: replicated (DDP), or sharded by layer (FSDP2). Alone: the module itself."""
+    def wrap(self, module: nn.Module, parallel: str, layers: Sequence[nn.Module] = ()) -> nn.Module:
+        """The module on this world's device: replicated (DDP), sharded by layer (FSDP2), or, alone, as it is."""
         if self.size == 1:
-            return module
+            return module.to(self.device)
         if parallel == "ddp":
+            module.to(self.device)
             ids = [self.device.index] if self.device.type == "cuda" else None
             return nn.parallel.DistributedDataParallel(module, device_ids=ids, forward_sync_buffers=False)
         from torch.distributed.device_mesh import init_device_mesh

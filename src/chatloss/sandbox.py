@@ -1,8 +1,8 @@
 """The Jinja environment that chat templates run in: that of transformers, plus bounds, because templates are untrusted.
 
 Counted are the steps that a render takes (loops, calls, and every walk over a long value), the characters that it
-writes, the memory of the values that it builds, and the widths it formats to. This stops accidents and cheap attacks; it
-is no substitute for running a template you distrust in a process of its own.
+writes, the memory of the values that it builds, and the widths it formats to. This stops accidents and cheap attacks;
+it is no substitute for running a template you distrust in a process of its own.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class _Count(NodeTransformer):
         return node
 
 
-def _filter(name: str, value: nodes.Expr, *args: nodes.Expr) -> nodes.Filter:
+def _filter(name: str, value: nodes.Node, *args: nodes.Expr) -> nodes.Filter:
     return nodes.Filter(value, name, list(args), [], None, None, lineno=value.lineno)
 
 
@@ -192,8 +192,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         )
         self.filters["tojson"] = _tojson
         self.filters = {name: self._bounded(name, function, self._before) for name, function in self.filters.items()}
+        tests: dict[str, Any] = dict(self.tests)
         for name in _NUMERIC_TESTS | _READING_TESTS:
-            self.tests[name] = self._bounded(name, self.tests[name], self._before_test)
+            self.tests[name] = self._bounded(name, tests[name], self._before_test)
         own: dict[str, Callable[..., Any]] = {
             _TICK: meter.tick, _EACH: meter.each, _WEIGHED: meter.weighed, _SLICED: self._sliced,
             _CONCATENATED: self._concatenated,
@@ -242,7 +243,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             if value.__name__ == "format_map":
                 (kwargs,) = args
                 args = ()
-            return type(text)(formatter.vformat(text, args, kwargs))
+            return type(text)(formatter.vformat(text, args, kwargs))  # type: ignore[no-any-return]
 
         return formatted
 
@@ -253,7 +254,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
             args = __self._before_method(owner, __obj.__name__, args, kwargs)
         return __self.meter.spend(super().call(__context, __obj, *args, **kwargs))
 
-    def _before_method(self, owner: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    def _before_method(
+        self, owner: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, ...]:
         meter = self.meter
         if isinstance(owner, str | bytes) or name in ("count", "index"):
             meter.weighed(owner)
@@ -335,7 +338,8 @@ def _never_folded(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _few(counts: Any) -> Any:
-    if any(isinstance(count, int) and count > 100 for count in (counts.values() if isinstance(counts, dict) else counts)):
+    values = counts.values() if isinstance(counts, dict) else counts
+    if any(isinstance(count, int) and count > 100 for count in values):
         raise Exceeded("the template asks for more than 100 words or paragraphs")
     return counts
 

@@ -106,12 +106,11 @@ class _Run:
         self.survey = survey(examples, self.reduction)
         self.total = self._total_steps()
         self.resumed, self.state = self._state(fresh)
-        model = load_model(recipe, self.resumed, vocab_size)
-        self._check_ids(model)
-        self.loss, self.layout = self._prepare(model)
+        self.loss = self._token_loss(load_model(recipe, self.resumed, vocab_size))
         whole = getattr(self.loss.inner, "_no_split_modules", None) or ()
         layers = [layer for layer in self.loss.modules() if type(layer).__name__ in whole]
-        self.module = world.wrap(self.loss.to(world.device), recipe.run.parallel, layers)
+        self.module = world.wrap(self.loss, recipe.run.parallel, layers)
+        self.layout = self._layout()
         self.optimizer = _optimizer(self.loss, recipe.optim)
         if self.resumed is not None:
             checkpoint.load_optimizer(self.resumed, self.loss, self.optimizer)
@@ -213,45 +212,50 @@ class _Run:
         self.notes.append(f"continuing from {found} (step {state['step']} of {self.total})")
         return found, state
 
-    def _check_ids(self, model: Any) -> None:
+    def _token_loss(self, model: Any) -> TokenLoss:
+        """The model with its loss, after a look at what its head and its experts do."""
+        loss = TokenLoss(model)
         rows = int(model.get_input_embeddings().weight.shape[0])
         if self.survey.largest_id >= rows:
             raise RecipeError(
                 f"the data holds token id {self.survey.largest_id}, the model has {rows} embeddings", where="tokenizer",
                 hint="use the tokenizer that belongs to this model",
             )
-
-    def _prepare(self, model: Any) -> tuple[TokenLoss, Layout]:
-        """Probes the real model with real rows, and says what differs from the plain path."""
-        recipe, batch = self.recipe, self.recipe.batch
-        loss = TokenLoss(model)
         config = loss.inner.config.get_text_config()
-        aux = recipe.loss.moe_aux
+        aux = self.recipe.loss.moe_aux
         if aux is None and getattr(config, "output_router_logits", False):
             aux = config.router_aux_loss_coef
         loss.moe_aux = aux or 0.0
-        everything = (d for rows in self.examples for d in documents_of(rows, self.reduction.of_example(rows)))
-        documents = list(islice(everything, 3))
-        difference = head_difference(loss.inner, documents[0].input_ids[:64].tolist())
+        difference = head_difference(loss.inner, self._first_documents()[0].input_ids[:64].tolist())
         if difference:
             loss.own_logits = True
             self.notes.append(f"the model's own logits are used: {difference}")
+        self.notes += caveats(model, loss.moe_aux)
+        return loss
+
+    def _layout(self) -> Layout:
+        """How global batches are cut: packed if documents are isolated on this machine, else padded."""
+        batch = self.recipe.batch
         packing = batch.packing
         if packing == "best_fit":
-            leak = isolation_difference(loss, documents)
-            if leak:
+            leak = isolation_difference(self.loss, self._first_documents(), self.module)
+            if any(self.world.gather(leak)):
                 packing = "none"
                 self.notes.append(f"packing is off, rows are padded instead: {leak}")
-        self.notes += caveats(model, loss.moe_aux)
         micro_tokens = batch.micro_tokens
         if micro_tokens is None and batch.micro_rows is None:
             micro_tokens = max(4096, self.survey.longest)
         layout = Layout(
             ranks=self.world.size, micro_tokens=micro_tokens, micro_rows=batch.micro_rows, packing=packing,
-            pack_tokens=self.survey.longest, quadratic=1.0 / (6.0 * config.hidden_size),
+            pack_tokens=self.survey.longest,
+            quadratic=1.0 / (6.0 * self.loss.inner.config.get_text_config().hidden_size),
         )
         layout.plan([self.survey.longest])  # refuses rows that do not fit, now and not in mid-run
-        return loss, layout
+        return layout
+
+    def _first_documents(self) -> list[Document]:
+        everything = (d for rows in self.examples for d in documents_of(rows, self.reduction.of_example(rows)))
+        return list(islice(everything, 3))
 
     # -- in the loop ----------------------------------------------------------------------------------------------
 

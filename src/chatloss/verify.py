@@ -21,8 +21,8 @@ from chatloss.batch import Layout, documents_of, global_batches
 from chatloss.config import Recipe
 from chatloss.errors import RecipeError
 from chatloss.loss.model import TokenLoss
-from chatloss.models import PureFloat64, head_difference, isolation_difference, load_model
-from chatloss.parallel import Parallel, World
+from chatloss.models import PureFloat64, head_difference, isolation_difference, load_model, plain_experts
+from chatloss.parallel import World
 from chatloss.reduction import Reduction
 from chatloss.sample import Sample
 from chatloss.step import gradient
@@ -113,7 +113,7 @@ class Case:
     dtype: Literal["float64", "float32"]
     row_format: str
     layout: Layout
-    parallel: Parallel = "ddp"
+    parallel: str = "ddp"
 
     @property
     def name(self) -> str:
@@ -140,9 +140,10 @@ class Report:
     def table(self) -> str:
         """The verdicts as lines of text."""
         width = max(len(verdict.case) for verdict in self.verdicts)
-        lines = [f"{v.case:{width}}  {v.difference:8.1e} <= {v.tolerance:.0e}  {'ok' if v.passed else 'FAILED ' + v.worst}"
-                 for v in self.verdicts]
-        return "\n".join(lines)
+        return "\n".join(
+            f"{v.case:{width}}  {v.difference:8.1e} <= {v.tolerance:.0e}  {'ok' if v.passed else 'FAILED ' + v.worst}"
+            for v in self.verdicts
+        )
 
 
 def verify(
@@ -152,8 +153,8 @@ def verify(
     """The gradient of one global batch of a recipe under every partition, against the definition in float64.
 
     `formats` maps a row format to the examples encoded so; the same conversations, in the same order. Partitions are
-    micro-batch sizes x packed and padded x row formats x `ranks` (spawned processes on gloo; DDP, and FSDP2 on two). The
-    first format is the reference's. Dropout and load balancing, which do depend on the partition, are off.
+    micro-batch sizes x packed and padded x row formats x `ranks` (spawned processes on gloo; DDP, and FSDP2 on two).
+    The first format is the reference's. Dropout and load balancing, which do depend on the partition, are off.
     """
     recipe = replace(recipe, run=replace(recipe.run, gradient_checkpointing=False))
     reduction = Reduction.parse(recipe.loss.reduction, recipe.loss.weight_norm)
@@ -210,7 +211,7 @@ def _cases(batch: Mapping[str, Examples], reduction: Reduction, ranks: Sequence[
         whole, longest = len(lengths) * max(lengths), max(lengths)
         layouts = [Layout(size, None, 1, "none"), Layout(size, None, 3, "none"), Layout(size, whole, None, "none")]
         if packed:
-            layouts += [Layout(size, longest), Layout(size, max(longest, sum(lengths) // 3)), Layout(size, sum(lengths))]
+            layouts += [Layout(size, n) for n in (longest, max(longest, sum(lengths) // 3), sum(lengths))]
         for layout in layouts if size == 1 else [layouts[1], layouts[-1 if packed else 2]]:
             cases.append(Case("float64", row_format, layout))
             if size == 1:
@@ -275,6 +276,8 @@ def _model(recipe: Recipe, dtype: Literal["float64", "float32"], vocab_size: int
     Adapters, which begin with a zero gradient, get values.
     """
     model: Any = load_model(replace(recipe, run=replace(recipe.run, dtype="float32")), vocab_size=vocab_size)
+    if dtype == "float64":
+        plain_experts(getattr(model, "get_base_model", lambda: model)())
     generator = torch.Generator().manual_seed(recipe.seed)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
