@@ -137,12 +137,17 @@ def whole(report: CheckReport, items: list[Conversation], roles: tuple[str, ...]
 def some_chats(family: str) -> list[Conversation]:
     items: list[Conversation] = []
     for name in ("tools_en", "reasoning_tools", "multilingual"):
-        items += [row for row in islice(read(assets.chat_file(name)), 5) if isinstance(row, Conversation)]
+        items += [row for row in islice(read(assets.chat_file(name)), 3) if isinstance(row, Conversation)]
     items += [row for row in read(MESSY, max_rejects=1.0) if isinstance(row, Conversation)]
     return items + [row for row in islice(read(ASSETS / "chats.jsonl"), 150, 156) if isinstance(row, Conversation)]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gpt-oss", "mistral-v3", "deepseek-v3", "gemma-like"])
+SLOW = ["gpt-oss", "deepseek-v3", "llama3", "mistral-v1", "qwen3.5", "tekken", "smollm2"]
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3", "mistral-v3", "gemma-like", *(pytest.param(family, marks=pytest.mark.slow) for family in SLOW)]
+)
 def test_every_turn_is_counted_once_under_every_policy(family: str) -> None:
     loaded = load_tokenizer(assets.tokenizer_dir(family))
     items = some_chats(family)
@@ -186,7 +191,8 @@ def test_a_conversation_that_cannot_be_used_as_a_whole_has_only_rejected_turns()
 
 
 def test_what_the_policy_handles_is_no_error() -> None:
-    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if m.role == 'user' }}<|im_end|>{% endfor %}"
+    template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if m.role == 'user' }}<|im_end|>"
+                "{% endfor %}")
     for choice, severity in (("error", "error"), ("drop", "info"), ("keep", "warning")):
         report = check([chat("Hi", "Hello there.")], encoder(Policy(altered=choice), template))
         assert report.turns["altered"] == 1 and report["altered_content"].severity == severity
@@ -283,8 +289,8 @@ def test_a_stop_that_no_engine_knows_is_found(stop_ids: tuple[int, ...], eos: st
 
 def test_a_row_that_begins_with_bos_twice_is_found() -> None:
     loaded = replace(LOADED, special_tokens={**LOADED.special_tokens, "bos_token": "<|endoftext|>"})
-    template = ("{{ bos_token }}{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-                "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    template = ("{{ bos_token }}{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+                "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     assert check([chat("Hi", "Hello.")], ChatEncoder.load(loaded, template))["double_bos"].count == 1
     once = template.replace("{{ bos_token }}", "", 1)
     assert "double_bos" not in check([chat("Hi", "Hello.")], ChatEncoder.load(loaded, once))
@@ -349,10 +355,10 @@ def test_answers_that_end_in_the_middle_are_found(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["Lima", "The capital of Peru is Lima", "Dear Ann,\n\nThank you. It was lovely.\n\nKind regards, the Lantern Library",
+    ["Lima", "The capital of Peru is Lima", "Dear Ann,\n\nThank you. It was lovely.\n\nKind regards, the Library",
      "There are two. They are:\n\n- red and green\n- blue and yellow and white", "See the page. It is https://x.org/a/b",
-     "```\nx = 1\n```", "图书馆位于米尔巷四号。灯笼一直挂在门上。", "One. Two. Three", "It is so. | a | b |\n| 1 | 2 and 3 |",
-     "| a | b. c |\n| d | e f g h i j"],
+     "```\nx = 1\n```", "图书馆位于米尔巷四号。灯笼一直挂在门上。", "One. Two. Three",
+     "It is so. | a | b |\n| 1 | 2 and 3 |", "Thank you. It was lovely. Kind regards, the Lantern Library", "| a | b. c |\n| d | e f g h i j"],
 )
 def test_answers_that_are_whole_are_left_alone(text: str) -> None:
     assert causes_in("Tell me.", text) == []
@@ -371,7 +377,8 @@ def test_the_audit_of_any_text_ends(text: str) -> None:
 
 
 def test_the_audit_of_hostile_text_takes_no_time() -> None:
-    for text in ("a" * 200_000, "ab " * 60_000, "<|" * 60_000, "Ã" * 60_000, ". " * 60_000, "```" * 50_001, "[" * 99_999):
+    for part in ("a", "ab ", "<|", "Ã", ". ", "```", "[", "a. b c d "):
+        text = part * 60_001
         list(audit(chat("Hi", text), {1}, lambda text: False))
 
 

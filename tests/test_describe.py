@@ -16,7 +16,6 @@ from rich.console import Console
 from chatloss.demo import tokenizer_directory
 from chatloss.describe import TemplateReport, describe
 from chatloss.encode import ChatEncoder
-from chatloss.errors import TemplateError
 from chatloss.findings import SEVERITIES
 from chatloss.load import load_tokenizer
 from chatloss.probes import ANSWER, QUESTION, Probes, TemplateFinding, answer, thinking_tags, user
@@ -27,6 +26,7 @@ from tests import assets
 DEMO = load_tokenizer(tokenizer_directory())
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+LAST = "(loop.last and m.role == 'assistant')"
 # Every special token that a template may write, so that a foreign tokenizer refuses nothing.
 SPECIAL = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "unk_token": "<unk>", "sep_token": "<sep>"}
 
@@ -88,8 +88,8 @@ def test_what_is_known_of_a_family_is_found(family: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "answer_stop", "call_stop"),
-    [("qwen3", "<|im_end|>", "<|im_end|>"), ("gpt-oss", "<|return|>", "<|call|>"), ("llama3", "<|eot_id|>", "<|eot_id|>"),
-     ("mistral-v3", "</s>", "</s>")],
+    [("qwen3", "<|im_end|>", "<|im_end|>"), ("gpt-oss", "<|return|>", "<|call|>"),
+     ("llama3", "<|eot_id|>", "<|eot_id|>"), ("mistral-v3", "</s>", "</s>")],
 )
 def test_stops_are_named_with_their_ids_and_who_stops_at_them(family: str, answer_stop: str, call_stop: str) -> None:
     encoder = ChatEncoder.load(assets.tokenizer_dir(family))
@@ -101,7 +101,7 @@ def test_stops_are_named_with_their_ids_and_who_stops_at_them(family: str, answe
 
 
 def test_a_template_that_rewrites_history_shows_where() -> None:
-    report = describe(ChatEncoder.load(DEMO, (tokenizer_directory() / "chat_template_rewrites.jinja").read_text("utf-8")))
+    report = describe(ChatEncoder.load(DEMO, tokenizer_directory() / "chat_template_rewrites.jinja"))
     assert report["rows_plain"].value == {"turns": 3, "rows": 1, "outcomes": {"exact": 3}}
     assert report["rows_reasoning"].value == {"turns": 2, "rows": 2, "outcomes": {"split": 1, "exact": 1}}
     shown = report["rows_reasoning"].witness
@@ -122,12 +122,13 @@ PLANTED: dict[str, tuple[str, str, Any]] = {
     "typed parts": (CHATML.replace("m.content", "m.content[0].text"), "content_format", "parts"),
     "the answer is lost": (CHATML.replace("m.content", "'' if m.role == 'assistant' else m.content"), "content_format",
                            None),
-    "no stop at the end": (CHATML.replace("<|im_end|>\n", "{% if not loop.last %}<|im_end|>\n{% endif %}"), "last_stop",
-                           "appended"),
+    "no stop at the end": (CHATML.replace("<|im_end|>\n", "{% if not " + LAST + "%}<|im_end|>\n{% endif %}"),
+                           "last_stop", "appended"),
     "another stop at the end": (
-        CHATML.replace("<|im_end|>\n", "{{ '<|endoftext|>' if loop.last else '<|im_end|>\n' }}"), "past_stop", "differs"),
+        CHATML.replace("<|im_end|>\n", "{{ '<|endoftext|>' if " + LAST + " else '<|im_end|>\n' }}"), "past_stop",
+        "differs"),
     "today's date": ("{{ strftime_now('%Y-%m-%d') }}" + CHATML, "date", True),
-    "chance": ("{{ range(10**9) | random }}" + CHATML, "deterministic", False),
+    "chance": ("{{ range(10**5) | random }}" + CHATML, "deterministic", False),
     "generation tags": (CHATML.replace("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}"),
                         "generation_tags", True),
     "an argument": ("{{ persona }}" + CHATML, "template_kwargs", ["persona"]),
@@ -136,8 +137,8 @@ PLANTED: dict[str, tuple[str, str, Any]] = {
     "system dropped": (CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"),
                        "system_role", "dropped"),
     "a system message is needed": (
-        "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}" + CHATML, "needs_system",
-        True),
+        "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}" + CHATML,
+        "needs_system", True),
     "think dropped": (CHATML.replace("m.content", "m.content.split('</think>')[-1]"), "inline_think", "dropped"),
     "BOS twice": ("<|endoftext|>" * 2 + CHATML, "bos", "twice"),
     "a foreign control text": (CHATML.replace("<|im_start|>", "<|beginning|>"), "control_tokens", {"<|beginning|>": 5}),
@@ -151,8 +152,8 @@ def test_a_planted_behaviour_is_found(what: str) -> None:
     report = describe(ChatEncoder.load(loaded, template))
     found = report[name].value
     assert (list(found) == list(value)) if name == "control_tokens" else found == value
-    assert name not in describe(ChatEncoder.load(loaded, CHATML)) or describe(
-        ChatEncoder.load(loaded, CHATML))[name].value != value
+    plain = describe(ChatEncoder.load(loaded, CHATML))
+    assert name not in plain or plain[name].value != value, "the plain template does not do so"
 
 
 def test_the_plain_template_has_no_warnings() -> None:
@@ -253,12 +254,10 @@ def agrees_with_the_encoder(name: str, encoder: ChatEncoder, report: TemplateRep
         assert bool(said) or not written, name
     lost = [o for o in report["rows_plain"].value["outcomes"] if o not in ("exact", "split")]
     assert (report["rows_plain"].severity == "error") == bool(lost), name
-    assert report["rows_plain"].value["outcomes"] == dict(
-        sorted(report["rows_plain"].value["outcomes"].items(), key=lambda item: -item[1])) or True
 
 
 def test_a_sample_of_the_corpus_is_described_soundly() -> None:
-    for name, encoder, report in corpus(NAMES[::30]):
+    for name, encoder, report in corpus(NAMES[::40]):
         sound(name, encoder, report)
 
 
@@ -303,7 +302,7 @@ def test_arguments_of_broken_templates_are_none() -> None:
 @pytest.mark.parametrize(
     ("text", "tags"),
     [("<think>", (1, 0)), ("<|START_THINKING|>", (1, 0)), ("[THINK]", (1, 0)), ("<think></think>", (1, 1)),
-     ("</thought>", (0, 1)), ("<seed:think>", (1, 0)), ("<|im_start|>assistant", (0, 0)), ("I think > you < me", (0, 0))],
+     ("</thought>", (0, 1)), ("<seed:think>", (1, 0)), ("<|im_start|>assistant", (0, 0)), ("I think > you <", (0, 0))],
 )
 def test_reasoning_tags_of_every_family_are_known(text: str, tags: tuple[int, int]) -> None:
     assert thinking_tags(text) == tags
@@ -357,4 +356,4 @@ def test_the_keys_of_the_json_are_stable() -> None:
 def test_a_finding_that_is_not_there_is_a_key_error() -> None:
     with pytest.raises(KeyError):
         of(CHATML)["nonsense"]
-    assert isinstance(of(CHATML).findings[0], TemplateFinding) and issubclass(TemplateError, Exception)
+    assert isinstance(of(CHATML)["stop_of_answer"], TemplateFinding)

@@ -147,9 +147,9 @@ def _trap_sum_hook_at_every_micro_batch(world: World) -> float:
     documents = [d for rows, w in zip(examples, weights, strict=True) for d in documents_of(rows, w)]
     module: Any = world.wrap(TokenLoss(model), "ddp")
 
-    def add(_: Any, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+    def add(_, bucket):  # type: ignore[no-untyped-def] # DDP reads the annotations
         work = torch.distributed.all_reduce(bucket.buffer(), async_op=True)
-        return work.get_future().then(lambda done: done.value()[0])  # type: ignore[union-attr]
+        return work.get_future().then(lambda done: done.value()[0])
 
     module.register_comm_hook(None, add)
     for batch in Layout(world.size, None, 1, "none").micro_batches(documents, world.rank):

@@ -19,6 +19,7 @@ MEMORY = 4 << 30
 CHILD = f"""
 import sys
 from chatloss.errors import TemplateError
+from chatloss.sandbox import Bounds
 from chatloss.template import ChatTemplate
 try:
     import resource
@@ -27,16 +28,17 @@ except ImportError:
     pass
 messages = [{{"role": "user", "content": "hi"}}, {{"role": "assistant", "content": "ho"}}]
 try:
-    text = ChatTemplate(sys.stdin.read()).render(messages, [{{"name": "f"}}])
+    template = ChatTemplate(sys.stdin.read(), bounds=Bounds(ticks=int(sys.argv[1])))
+    text = template.render(messages, [{{"name": "f"}}])
     print("rendered", len(text), text[:200])
 except TemplateError as error:
     print(error.kind, error.what)
 """
 
 
-def outcome(template: str) -> str:
+def outcome(template: str, ticks: int = Bounds().ticks // 5) -> str:
     """What became of a template in a process of its own, at most SECONDS and MEMORY later."""
-    child = [sys.executable, "-c", CHILD]
+    child = [sys.executable, "-c", CHILD, str(ticks)]
     done = subprocess.run(child, input=template, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
@@ -227,6 +229,12 @@ ESCAPES = {
 @pytest.mark.parametrize("template", EXHAUSTING.values(), ids=EXHAUSTING.keys())
 def test_a_template_that_exhausts_time_or_memory_is_stopped(template: str) -> None:
     assert outcome(template).split(" ")[0] in ("bounds", "syntax", "refused")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("template", EXHAUSTING.values(), ids=EXHAUSTING.keys())
+def test_such_a_template_is_stopped_by_the_default_bounds_too(template: str) -> None:
+    assert outcome(template, Bounds().ticks).split(" ")[0] in ("bounds", "syntax", "refused")
 
 
 @pytest.mark.parametrize("template", ESCAPES.values(), ids=ESCAPES.keys())

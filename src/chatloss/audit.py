@@ -152,7 +152,9 @@ def _seems_cut(text: str) -> str:
     # A last line of one sentence without a full stop is a signature, a title, a link; this one began another before.
     ended = list(_SENTENCE.finditer(last))
     rest = last[ended[-1].end() :] if ended else ""
-    if len(rest.split()) < (1 if wide else 3) or len(rest) < (5 if wide else 8) or "://" in rest or _SIGNED.search(rest):
+    if len(rest.split()) < (1 if wide else 3) or len(rest) < (5 if wide else 8):
+        return ""
+    if "://" in rest or _SIGNED.search(rest):
         return ""
     words = text[-16:] if wide else " ".join(text.split()[-4:])
     return f"…{words}"

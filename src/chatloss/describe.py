@@ -83,12 +83,12 @@ def _lines(finding: TemplateFinding, witnesses: bool) -> list[Line]:
     serious = finding.severity != "info"
     mark = f"{MARKS[finding.severity]} " if serious else "  "
     name = finding.name.replace("_", " ")
-    text = f"{finding.severity}: {finding.statement}" if serious else finding.statement
+    text = inline(f"{finding.severity}: {finding.statement}" if serious else finding.statement)
     lines = [Line(((mark, style if serious else ""), (f"{name:<24}", style if serious else "")), text)]
     if witnesses and finding.witness is not None:
         lines.append(Line(((" " * 26, ""),), str(finding.witness), "bright_black"))
     if finding.remedy:
-        lines.append(Line(((" " * 26, ""), ("→ ", "green")), finding.remedy, "green"))
+        lines.append(Line(((" " * 26, ""), ("→ ", "green")), inline(finding.remedy), "green"))
     return lines
 
 

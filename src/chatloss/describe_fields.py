@@ -87,8 +87,8 @@ def _reasoning(probes: Probes, text: str | None) -> Iterator[TemplateFinding]:
         yield TemplateFinding("content", "inline_think", "refused", "an answer that holds <think>…</think> is refused")
     elif THOUGHT not in inline:
         words = "<think>…</think> inside an answer is dropped: such an answer is 'altered'"
-        shown = place(inline, ANSWER)
-        yield TemplateFinding("content", "inline_think", "dropped", words, "warning", shown, "--altered drop|keep")
+        mark = place(inline, ANSWER)
+        yield TemplateFinding("content", "inline_think", "dropped", words, "warning", mark, "--altered drop|keep")
     elif text is not None and inline == INLINE.join(text.rsplit(ANSWER, 1)):
         words = "<think>…</think> inside an answer is kept as it is written"
         yield TemplateFinding("content", "inline_think", "kept", words, witness=place(inline, THOUGHT))

@@ -234,7 +234,7 @@ def _rows(probes: Probes, name: str, chat: tuple[dict[str, object], ...], tools:
 def _parting(a: str, b: str) -> int:
     """Where two texts part, at the start of the tag or word in which they do."""
     at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    word = re.search(r"[<\[][^<>\[\]\s]*$|\w*$", a[:at])
+    word = re.search(r"[<\[][^<>\[\]\s]*\Z|\w*\Z", a[:at])
     return word.start() if word else at
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from chatloss.chat import Message, ToolCall, split_think
 from chatloss.sample import Reason
 
-__all__ = ["Field", "Missing", "fields_of", "locate"]
+__all__ = ["Field", "Missing", "fields_of", "locate", "present"]
 
 # A field this short may occur by chance in a header or a tag, so its place is proven by rendering another in its stead.
 SHORT = 16
@@ -70,6 +70,16 @@ def locate(text: str, fields: list[Field], start: int = 0) -> Located | Missing:
         if calls_first != fields:
             second = _locate_in_order(text, calls_first, start)
             return found if isinstance(second, Missing) else second
+    return found
+
+
+def present(text: str, fields: list[Field], start: int = 0) -> Located:
+    """Those fields that `text` holds, each looked for behind the one before: what a rewriting template still shows."""
+    found: Located = []
+    for field in fields:
+        one = _locate_in_order(text, [field], found[-1][1] if found else start)
+        if not isinstance(one, Missing):
+            found += one
     return found
 
 

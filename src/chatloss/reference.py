@@ -14,7 +14,7 @@ from typing import Any
 
 from chatloss.chat import Conversation, Message
 from chatloss.errors import TemplateError
-from chatloss.fields import SHORT, Field, Located, Missing, fields_of, locate, proven_place
+from chatloss.fields import SHORT, Field, Located, Missing, fields_of, locate, present, proven_place
 from chatloss.sample import Reason
 from chatloss.template import ChatTemplate, Stop
 
@@ -156,8 +156,8 @@ class Rendering:
     def _off_prompt(self, index: int, prompt: str, own: str, fields: list[Field]) -> Turn:
         at = next((i for i, (a, b) in enumerate(zip(prompt, own, strict=False)) if a != b), min(len(prompt), len(own)))
         detail = f"the prompt has {prompt[at : at + 24]!r} where the rendering has {own[at : at + 24]!r}"
-        found = locate(own, fields, _common(self.text(index) or "", own))
-        if isinstance(found, Missing) or not found:
+        found = present(own, fields, _common(self.text(index) or "", own))
+        if not found:
             return Turn(index, "off_prompt", detail=detail, engine_prompt=prompt)
         # What "keep" would train: the fields where they stand, through the stop.
         start = found[0][0]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from chatloss.chat import Message
 from chatloss.errors import DataError
-from chatloss.fields import Missing, fields_of, locate
+from chatloss.fields import Missing, fields_of, locate, present
 from chatloss.policy import Policy
 from chatloss.reference import Rendering, Turn
 from chatloss.sample import Decode, Reason, Sample, Span
@@ -46,6 +46,14 @@ class TurnIds:
             return min(_shared(self.tokens.encode(self.text[:char]).ids, self.ids), len(self.ids))
         tail = self.tokens.encode_segment(self.text[prompt:char]).ids
         return self.context + _shared(tail, self.ids[self.context :])
+
+    def token_over(self, char: int) -> int:
+        """The index of the first token that holds any of character `char` of `text`."""
+        if self.starts is None:
+            return self.token_at(char)
+        at = int(np.searchsorted(self.starts, char, side="right")) - 1
+        # Byte-split characters give several tokens the same start.
+        return int(np.searchsorted(self.starts, self.starts[max(at, 0)], side="left"))
 
 
 def turn_ids(tokens: Tokens, turn: Turn, *, apart: bool = False) -> TurnIds:
@@ -120,7 +128,7 @@ def sample(
         message[base.token_at(start) : base.token_at(end)] = i
         found = locate(base.text[:end], fields_of(messages[i]), start)
         if isinstance(found, Missing):
-            found = _whatever_is_there(base.text, start, end, messages[i])
+            found = present(base.text[:end], fields_of(messages[i]), start)
         for a, b, _ in found:
             reason[base.token_at(a) : base.token_at(b)] = _why_not(messages[i], i, status, policy)
         prompt, plain = rendering.prompt(i), rendering.text(i)
@@ -157,16 +165,6 @@ _STATUS = {
 }
 
 
-def _whatever_is_there(text: str, start: int, end: int, message: Message) -> list[tuple[int, int, Reason]]:
-    """The fields of a message that a rewriting template still shows."""
-    found = []
-    for field in fields_of(message):
-        at = locate(text[:end], [field], start)
-        if not isinstance(at, Missing):
-            found += at
-    return found
-
-
 def _paint(
     member: TurnIds, data: Message, policy: Policy, at: int, message: npt.NDArray[np.int32],
     reason: npt.NDArray[np.uint8], weight: npt.NDArray[np.float32],
@@ -191,7 +189,7 @@ def _paint_patterns(member: TurnIds, policy: Policy, at: int, weight: npt.NDArra
         part = member.text[at + a : at + b]
         for pattern, factor in policy.spans:
             for match in re.finditer(pattern, part):
-                first, last = member.token_at(at + a + match.start()), member.token_at(at + a + match.end())
+                first, last = member.token_over(at + a + match.start()), member.token_at(at + a + match.end())
                 weight[max(first, member.context) : last] = factor
 
 
@@ -209,7 +207,7 @@ def _paint_where_it_stands(
     """`unlawful = "keep"`: train what the row has of a turn, through its stop, although inference never shows it so."""
     data = rendering.conversation.messages[index]
     start = next((a for a, _, i in rendering.regions(base.turn.prompt, base.turn.index) if i == index), 0)
-    found = _whatever_is_there(base.text, start, len(base.text), data)
+    found = present(base.text, fields_of(data), start)
     if not found:
         return
     end = rendering.stops.end(base.text, found[-1][1]) or found[-1][1]
