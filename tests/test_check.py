@@ -358,7 +358,8 @@ def test_answers_that_end_in_the_middle_are_found(text: str) -> None:
     ["Lima", "The capital of Peru is Lima", "Dear Ann,\n\nThank you. It was lovely.\n\nKind regards, the Library",
      "There are two. They are:\n\n- red and green\n- blue and yellow and white", "See the page. It is https://x.org/a/b",
      "```\nx = 1\n```", "图书馆位于米尔巷四号。灯笼一直挂在门上。", "One. Two. Three",
-     "It is so. | a | b |\n| 1 | 2 and 3 |", "Thank you. It was lovely. Kind regards, the Lantern Library", "| a | b. c |\n| d | e f g h i j"],
+     "It is so. | a | b |\n| 1 | 2 and 3 |", "Thank you. It was lovely. Kind regards, the Lantern Library",
+     "| a | b. c |\n| d | e f g h i j"],
 )
 def test_answers_that_are_whole_are_left_alone(text: str) -> None:
     assert causes_in("Tell me.", text) == []

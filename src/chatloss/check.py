@@ -264,7 +264,10 @@ class _Audit:
             rows, chats = self.n["rows"], self.n["conversations"]
             self.seen["split"].remedy = f"nothing to do: it takes {rows:,} rows for {chats:,} conversations"
         findings = [self.finding(cause, seen) for cause, seen in self.seen.items()]
-        findings += self.template_findings()
+        try:
+            findings += self.template_findings()
+        except ChatlossError as error:
+            findings.append(CheckFinding("error", "template", error.what, 1, "template", remedy=error.hint))
         findings.sort(key=lambda f: (SEVERITIES.index(f.severity), -f.count, f.cause))
         return CheckReport(
             tokenizer=self.encoder.loaded.name, counts={name: self.n[name] for name in COUNTS},

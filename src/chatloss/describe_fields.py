@@ -50,7 +50,7 @@ def content_findings(probes: Probes) -> Iterator[TemplateFinding]:
         yield TemplateFinding("content", "content_format", None, words, "error", shown, "another --chat-template FILE")
     else:
         takes = {"string": "content is taken as a string; typed parts are joined by newlines",
-                 "parts": "content is taken as typed parts; strings are wrapped into one"}
+                 "parts": "content is taken as typed parts; strings are wrapped into one, for their text would be lost"}
         yield TemplateFinding("content", "content_format", formats.content, takes[formats.content])
     if text is not None and ANSWER in text:
         yield from _whitespace(probes, text)

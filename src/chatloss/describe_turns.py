@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 
+from chatloss.chat import Conversation
 from chatloss.encode import ChatEncoder
-from chatloss.findings import plural, quoted, witness
+from chatloss.findings import Witness, plural, quoted, witness
 from chatloss.probes import (
     ANSWER,
     ANSWER2,
@@ -23,6 +24,7 @@ from chatloss.probes import (
     THINKING,
     THOUGHT,
     THOUGHT2,
+    Chat,
     Probes,
     TemplateFinding,
     answer,
@@ -186,14 +188,14 @@ def _unwritten_stop(turn: Turn, own: str, stop: str) -> TemplateFinding:
 
 
 def history_findings(probes: Probes) -> Iterator[TemplateFinding]:
-    """How many rows chats of three shapes take and why, and what becomes of reasoning in earlier turns."""
-    plain = (user(), answer(), user(QUESTION2), answer(ANSWER2), user(QUESTION3), answer(ANSWER3))
+    """How many rows each kind of chat takes and why, and what becomes of reasoning and system text as it goes on."""
+    plain: Chat = (user(), answer(), user(QUESTION2), answer(ANSWER2), user(QUESTION3), answer(ANSWER3))
     yield _rows(probes, "rows_plain", plain, tools=False, serious="error")
     system = {"role": "system", "content": SYSTEM}
     if not probes.opening and probes.render([system, user()]) is not None:
         yield _rows(probes, "rows_system", (system, user(), answer(), user(QUESTION2), answer(ANSWER2)), tools=False)
     if probes.encoder.template.formats.arguments is not None:
-        chat = (user(), call(), result(), answer(), user(QUESTION2), call(ARGUMENT2), result(), answer(ANSWER2))
+        chat: Chat = (user(), call(), result(), answer(), user(QUESTION2), call(ARGUMENT2), result(), answer(ANSWER2))
         yield _rows(probes, "rows_tools", chat, tools=True)
     if probes.encoder.template.formats.reasoning is not None:
         chat = (user(), answer(reasoning_content=THOUGHT), user(QUESTION2), answer(ANSWER2, reasoning_content=THOUGHT2))
@@ -202,8 +204,7 @@ def history_findings(probes: Probes) -> Iterator[TemplateFinding]:
     yield from _system_in_history(probes)
 
 
-def _rows(probes: Probes, name: str, chat: tuple[dict[str, object], ...], tools: bool, serious: str = "warning"
-          ) -> TemplateFinding:
+def _rows(probes: Probes, name: str, chat: Chat, tools: bool, serious: str = "warning") -> TemplateFinding:
     encoder, conversation = probes.encoder, probes.chat(*chat, tools=tools)
     encoding = encoder.examine(conversation)
     counts = Counter(encoding.outcomes.values())
@@ -217,7 +218,7 @@ def _rows(probes: Probes, name: str, chat: tuple[dict[str, object], ...], tools:
         found = remedy_for(encoder, conversation, [turn.index for turn in lost])
         flags = {"off_prompt": "drop|keep|splice", "altered": "drop|keep", "unrenderable": "drop"}
         remedy = found or f"--{first.outcome.replace('_', '-')} {flags[first.outcome]}"
-        return TemplateFinding("history", name, value, words, serious, remedy=remedy)
+        return TemplateFinding("history", name, value, words, serious, _lost_place(probes, conversation, first), remedy)
     if len(encoding.rows) == 1:
         return TemplateFinding("history", name, value, f"{turns} in one row")
     words = f"{turns} need {plural(len(encoding.rows), 'row')}"
@@ -229,6 +230,18 @@ def _rows(probes: Probes, name: str, chat: tuple[dict[str, object], ...], tools:
             return TemplateFinding("history", name, value, words, witness=witness(late, at, min(len(late), at + 24)))
     words += ": the text stays the same, but a token straddles the start or the end of an answer"
     return TemplateFinding("history", name, value, words)
+
+
+def _lost_place(probes: Probes, conversation: Conversation, turn: Turn) -> Witness | None:
+    """Where the prompt of a lost turn parts from its rendering, or the rendering that lacks something of it."""
+    rendering = probes.encoder.rendering(conversation)
+    prompt, own = rendering.prompt(turn.index), rendering.text(turn.index + 1)
+    if prompt is None or own is None:
+        return None
+    if turn.outcome == "off_prompt":
+        at = _parting(prompt, own)
+        return witness(prompt, at, at + 24)
+    return witness(own, min(len(prompt), len(own)), len(own))
 
 
 def _parting(a: str, b: str) -> int:

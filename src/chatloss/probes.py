@@ -14,7 +14,7 @@ from chatloss.policy import Policy
 from chatloss.reference import Rendering
 from chatloss.template import TOOL
 
-__all__ = ["Probes", "TemplateFinding", "answer", "call", "refusal", "result", "user"]
+__all__ = ["Chat", "Probes", "TemplateFinding", "answer", "call", "refusal", "result", "user"]
 
 Chat = Sequence[Mapping[str, Any]]
 

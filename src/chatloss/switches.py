@@ -105,6 +105,6 @@ def candidates(encoder: ChatEncoder) -> Iterator[dict[str, Any]]:
     names = kwargs_read(encoder.template.source)
     # Names of reasoning first: they are what a prompt depends on.
     names.sort(key=lambda name: (not re.search("think|reason", name, re.IGNORECASE), name))
-    values = [{name: value} for name in names for value in (False, True)]
+    values: list[dict[str, Any]] = [{name: value} for name in names for value in (False, True)]
     values += [{name: level} for name in names if _LEVEL.search(name) for level in LEVELS]
     yield from values[:MOST_TRIES]
