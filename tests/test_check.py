@@ -330,6 +330,11 @@ def test_refusals_are_told_apart_by_what_settles_them(pairs: list[tuple[str, str
     assert report[cause].detail.isprintable() and not report[cause].detail.startswith("the chat template refuses")
 
 
+def test_a_role_that_the_template_refuses_is_told() -> None:
+    item = messages_of(("user", "a"), ("critic", "b"), ("assistant", "c"))
+    assert check([item], ChatEncoder.load(assets.tokenizer_dir("qwen3.5")))["unrenderable_role"].count == 1
+
+
 def test_tool_calls_without_the_ids_that_mistral_wants_are_told() -> None:
     report = check(islice(read(assets.chat_file("tools_en")), 3), ChatEncoder.load(assets.tokenizer_dir("mistral-v3")))
     assert "nine letters" in report["unrenderable_ids"].remedy

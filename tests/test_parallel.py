@@ -91,7 +91,7 @@ def _skipped(world: World) -> list[bool]:
 
 def _trap_head_outside(world: World) -> float:
     """Head and loss computed outside the wrapped forward: their gradients are never exchanged."""
-    model, examples = tiny(FAMILIES["llama"]), chats(4)
+    model, examples = tiny(FAMILIES["llama"]), chats(2 * world.size)
     _, want = reference_gradient(model, examples)
     body = torch.nn.parallel.DistributedDataParallel(model.model)
     z = sum(e[0].n_trained for e in examples)

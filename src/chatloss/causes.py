@@ -81,6 +81,10 @@ CAUSES: Mapping[str, Cause] = {
                                 "join neighbouring messages of one role and begin with a user, or --unrenderable drop"),
     "unrenderable_system": Cause("error", "turn", "the template takes no system message",
                                  "put its text into the first user message, or --unrenderable drop"),
+    "unrenderable_role": Cause("error", "turn", "the template knows no such role",
+                               "give the message another role, or --unrenderable drop"),
+    "unrenderable_parallel": Cause("error", "turn", "the template takes one tool call in an answer and no more",
+                                   "give each call an answer and a result of its own, or --unrenderable drop"),
     "unrenderable_ids": Cause("error", "turn", "the template asks for tool call ids that the data does not have",
                               "give each call an id of nine letters or digits and its result the same tool_call_id, "
                               "or --unrenderable drop"),
@@ -118,7 +122,10 @@ CAUSES: Mapping[str, Cause] = {
 # What templates say when they refuse, and which cause that is.
 REFUSALS = (
     (r"tool.?call ids?\b", "unrenderable_ids"),
-    (r"alternat|no element 0|no user|user query|must (?:start|begin)|first message|last message", "unrenderable_order"),
-    (r"system", "unrenderable_system"),
+    (r"alternat|no element -?\d|no messages|after role|no user|user query|must (?:start|begin)|beginning|"
+     r"first message|last message", "unrenderable_order"),
+    (r"system\b.{0,30}\bnot\b|\bno system\b|\bnot\b.{0,30}\bsystem\b", "unrenderable_system"),
     (r"'\w+_token' is undefined", "unrenderable_tokenizer"),
+    (r"\broles?\b", "unrenderable_role"),
+    (r"single tool.?call|one tool.?call", "unrenderable_parallel"),
 )

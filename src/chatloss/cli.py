@@ -38,7 +38,7 @@ class _Commands(click.Group):
             raise UsageError(f"there is no command {args[0]!r}", hint=hint) from None
 
 
-_ORDER = ("demo", "view", "encode", "template", "check", "train")
+_ORDER = ("demo", "view", "encode", "template", "check", "compare", "train", "verify", "recipes")
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -218,6 +218,68 @@ def train(recipe: str, settings: tuple[str, ...], fresh: bool) -> None:
 
     result = run_recipe(Recipe.load(recipe, settings), fresh=fresh)
     print(f"trained {result.steps} steps; model: {result.model}; metrics: {result.metrics}", file=sys.stderr)
+
+
+@cli.command()
+@click.argument("recipe")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe.")
+@click.option("--ranks", default="1,2,4", show_default=True, help="Numbers of processes to try, on this machine's CPU.")
+@click.option("--json", "as_json", is_flag=True, help="The verdicts as JSON.")
+def verify(recipe: str, settings: tuple[str, ...], ranks: str, as_json: bool) -> None:
+    """Prove on RECIPE that its gradient is the same however a batch is cut; exit 1 beyond tolerance."""
+    from dataclasses import asdict
+
+    from chatloss.config import Recipe
+    from chatloss.sft import verify_recipe
+
+    try:
+        counts = tuple(int(count) for count in ranks.split(","))
+    except ValueError:
+        raise UsageError(f"--ranks takes numbers, not {ranks!r}", hint="for example --ranks 1,2,4") from None
+    report = verify_recipe(Recipe.load(recipe, settings), counts)
+    if as_json:
+        verdicts = [{**asdict(verdict), "passed": verdict.passed} for verdict in report.verdicts]
+        _print_json({"passed": report.passed, "verdicts": verdicts, "notes": list(report.notes)})
+    else:
+        print(report.table())
+        for note in report.notes:
+            print(f"note: {note}")
+    raise SystemExit(0 if report.passed else 1)
+
+
+@cli.group()
+def recipes() -> None:
+    """List the recipes that come with chatloss, or copy one."""
+
+
+@recipes.command("ls")
+def recipes_ls() -> None:
+    """Name every recipe, with its first line."""
+    from chatloss.sft import shipped_recipes
+
+    for name, path in shipped_recipes().items():
+        print(f"{name:10} {path.read_text('utf-8').splitlines()[0].lstrip('# ')}")
+
+
+@recipes.command("cp")
+@click.argument("name")
+@click.argument("target", default=".")
+def recipes_cp(name: str, target: str) -> None:
+    """Copy recipe NAME to TARGET (a file or a folder); an existing file is never overwritten."""
+    from pathlib import Path
+
+    from chatloss.sft import shipped_recipes
+
+    shipped = shipped_recipes()
+    if name not in shipped:
+        raise UsageError(f"there is no recipe {name!r}", hint=f"one of {', '.join(shipped)}")
+    path = Path(target) / f"{name}.toml" if Path(target).is_dir() else Path(target)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(shipped[name].read_text("utf-8"))
+    except FileExistsError:
+        raise UsageError(f"{path} exists", hint="name another file") from None
+    print(f"wrote {path}", file=sys.stderr)
 
 
 @cli.command()

@@ -209,7 +209,7 @@ def _opening_role(probes: Probes, role: str, without: str | None) -> TemplateFin
     name = f"{role}_role"
     if prompt is None:
         words = f"a {role} message is refused: {refusal(rendering)}"
-        return TemplateFinding("roles", name, "refused", words, remedy="--unrenderable drop, or put it into the user's")
+        return TemplateFinding("roles", name, "refused", words, remedy="put its text into the user's message")
     at, asked = prompt.find(SYSTEM), prompt.find(QUESTION)
     if at < 0:
         words = f"a {role} message is dropped: the model never sees it"
@@ -235,7 +235,7 @@ def _order(probes: Probes, name: str, what: str, chat: list[dict[str, Any]]) -> 
     refused = next((i for i in answers if rendering.prompt(i) is None or rendering.text(i + 1) is None), None)
     if refused is not None:
         words = f"{what}: refused ({refusal(rendering)})"
-        return TemplateFinding("roles", name, "refused", words, remedy="--unrenderable drop")
+        return TemplateFinding("roles", name, "refused", words)
     text = rendering.text(start + len(chat)) or ""
     shown = [needle for needle in (m["content"] for m in chat) if needle not in text]
     if any(needle in wanted for needle in shown):

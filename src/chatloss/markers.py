@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from chatloss.errors import DataError, UsageError
 from chatloss.sample import Decode, Reason, Sample, Span
-from chatloss.tokens import Encoded, Tokens
+from chatloss.tokens import Encoded, Tokens, boundary_is_clean
 
 __all__ = ["MODES", "Markers", "encode_text", "responses"]
 
@@ -188,7 +188,7 @@ def encode_text(
 def _pieces(tokens: Tokens, text: str, boundaries: list[int]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
     """(ids, character where each token starts), split at those boundaries that a token would straddle."""
     joint = tokens.encode(text)
-    cuts = [at for at in boundaries if at and not _clean(tokens, text, at, joint)]
+    cuts = [at for at in boundaries if at and not boundary_is_clean(tokens.encode(text[:at]).ids, joint, at)]
     ids: list[npt.NDArray[np.int32]] = []
     starts: list[npt.NDArray[np.int64]] = []
     for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
@@ -196,16 +196,6 @@ def _pieces(tokens: Tokens, text: str, boundaries: list[int]) -> tuple[npt.NDArr
         ids.append(piece.ids)
         starts.append(_starts(tokens, text[start:end], piece, start) + start)
     return np.concatenate(ids), np.concatenate(starts)
-
-
-def _clean(tokens: Tokens, text: str, at: int, joint: Encoded) -> bool:
-    before = tokens.encode(text[:at]).ids
-    n = len(before)
-    if not np.array_equal(joint.ids[:n], before):
-        return False
-    if joint.starts is None or joint.ends is None or n in (0, len(joint.ids)):
-        return True
-    return bool(joint.starts[n] >= at and joint.ends[n - 1] <= at)
 
 
 def _starts(tokens: Tokens, text: str, piece: Encoded, offset: int) -> npt.NDArray[np.int64]:

@@ -16,7 +16,7 @@ from chatloss.fields import Missing, fields_of, locate, present
 from chatloss.policy import Policy
 from chatloss.reference import Rendering, Turn
 from chatloss.sample import Decode, Reason, Sample, Span
-from chatloss.tokens import Encoded, Ids, Tokens
+from chatloss.tokens import Ids, Tokens, boundary_is_clean
 
 __all__ = ["TurnIds", "group", "sample", "turn_ids"]
 
@@ -64,7 +64,7 @@ def turn_ids(tokens: Tokens, turn: Turn, *, apart: bool = False) -> TurnIds:
     text = turn.prompt + turn.target
     context, joint = tokens.encode(turn.prompt), tokens.encode(text)
     n = len(context.ids)
-    if not apart and _boundary_is_clean(context.ids, joint, len(turn.prompt)):
+    if not apart and boundary_is_clean(context.ids, joint, len(turn.prompt)):
         return TurnIds(turn, text, joint.ids, n, joint.starts, True, tokens)
     target = tokens.encode_segment(turn.target)
     ids = np.concatenate([context.ids, target.ids])
@@ -77,16 +77,6 @@ def turn_ids(tokens: Tokens, turn: Turn, *, apart: bool = False) -> TurnIds:
             hint="please report this tokenizer; leave the turn out with train: false", kind="boundary",
         )
     return TurnIds(turn, text, ids, n, starts, False, tokens)
-
-
-def _boundary_is_clean(context: Ids, joint: Encoded, char: int) -> bool:
-    n = len(context)
-    if len(joint.ids) < n or not np.array_equal(joint.ids[:n], context):
-        return False
-    if joint.starts is None or joint.ends is None or n == 0 or n == len(joint.ids):
-        return True
-    # Equal ids are not enough: a token such as Phi-3's <|assistant|> swallows the whitespace to its right.
-    return bool(joint.starts[n] >= char and joint.ends[n - 1] <= char)
 
 
 def _shared(a: Ids, b: Ids) -> int:

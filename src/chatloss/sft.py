@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,10 @@ from chatloss.sample import Sample
 
 if TYPE_CHECKING:
     from chatloss.trainer import TrainResult
+    from chatloss.verify import Report
 
-__all__ = ["encode_files", "recipe_encoder", "run_recipe", "stop_ids", "write_tokenizer"]
+__all__ = ["encode_files", "recipe_encoder", "run_recipe", "shipped_recipes", "stop_ids", "verify_recipe",
+           "write_tokenizer"]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "tokenizer.model")
@@ -120,3 +123,21 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, quiet: bool = False) -> T
         prompts=prompts[: recipe.run.samples], stop_ids=stop_ids(encoder),
         vocab_size=getattr(encoder.tokens, "size", None), fresh=fresh, quiet=quiet,
     )
+
+
+def verify_recipe(recipe: Recipe, ranks: Sequence[int] = (1, 2, 4)) -> Report:
+    """The recipe's first global batch under every partition and row format; see `chatloss.verify.verify`."""
+    from chatloss.verify import verify
+
+    formats: dict[str, list[list[Sample]]] = {}
+    for row_format in ("auto", "per_turn"):
+        policy = {**recipe.data.policy, "row_format": row_format}
+        encoder = recipe_encoder(replace(recipe, data=replace(recipe.data, policy=policy)))
+        formats[row_format], _ = encode_files(recipe, encoder, recipe.data.train)
+    return verify(recipe, formats, ranks=ranks, vocab_size=getattr(encoder.tokens, "size", None))
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(__file__).parent / "assets" / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}

@@ -13,9 +13,11 @@ import numpy.typing as npt
 
 from chatloss.errors import TokenizerError
 
-__all__ = ["CallableTokens", "Encoded", "FastTokens", "Tokens"]
+__all__ = ["CallableTokens", "Encoded", "FastTokens", "Tokens", "boundary_is_clean"]
 
 Ids = npt.NDArray[np.int32]
+# Characters that hardly any token of several characters begins with.
+_ANCHORS = ("\u25c8", "\ue000", "\u00a4", "~", "=", "7")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,6 +27,17 @@ class Encoded:
     ids: Ids
     starts: npt.NDArray[np.int32] | None = None
     ends: npt.NDArray[np.int32] | None = None
+
+
+def boundary_is_clean(context: Ids, joint: Encoded, char: int) -> bool:
+    """Whether the ids of a text begin with `context`, the ids of its first `char` characters, and no token straddles."""
+    n = len(context)
+    if len(joint.ids) < n or not np.array_equal(joint.ids[:n], context):
+        return False
+    if joint.starts is None or joint.ends is None or n in (0, len(joint.ids)):
+        return True
+    # Equal ids are not enough: a token such as Phi-3's <|assistant|> swallows the whitespace to its right.
+    return bool(joint.starts[n] >= char and joint.ends[n - 1] <= char)
 
 
 class Tokens(Protocol):
@@ -67,12 +80,21 @@ class FastTokens:
         spec = json.loads(self._tokenizer.to_str())
         return _from_text(json.dumps(spec)) if _drop_prefix(spec) else None
 
+    @cached_property
+    def _prefixes_words(self) -> bool:
+        """Whether the prefix is written before every word: words are split before it is, as XLM-R and T5 do."""
+        pre_tokenizer = json.loads(self._tokenizer.to_str()).get("pre_tokenizer") or {}
+        steps = [step.get("type") for step in pre_tokenizer.get("pretokenizers", ())]
+        return "Metaspace" in steps[1:]
+
     def encode(self, text: str) -> Encoded:
         return _encoded(self._tokenizer.encode(text, add_special_tokens=False))
 
     def encode_segment(self, text: str) -> Encoded:
         if self._segments is None:
             return self.encode(text)
+        if self._prefixes_words:
+            return self._behind_an_anchor(text)
         whole = _encoded(self._segments.encode(text, add_special_tokens=False))
         # Only the text before the first added token follows something; behind it the tokenizer does as it always does.
         first = np.flatnonzero(np.isin(whole.ids, self._added_ids))
@@ -87,6 +109,16 @@ class FastTokens:
             np.concatenate([whole.starts[:n], rest.starts + cut]),
             np.concatenate([whole.ends[:n], rest.ends + cut]),
         )
+
+    def _behind_an_anchor(self, text: str) -> Encoded:
+        """`text` encoded behind a character that no token shares with it, which is then taken away."""
+        for anchor in _ANCHORS:
+            before, both = self.encode(anchor).ids, self.encode(anchor + text)
+            if boundary_is_clean(before, both, len(anchor)):
+                assert both.starts is not None and both.ends is not None
+                n = len(before)
+                return Encoded(both.ids[n:], both.starts[n:] - len(anchor), both.ends[n:] - len(anchor))
+        return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))

@@ -1,0 +1,417 @@
+"""What a comparison of reductions found, as JSON, for the terminal and for the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from chatloss.findings import Line, Lines, inline, plural
+from chatloss.page import Section
+from chatloss.reduction import UNITS, Reduction, Unit
+from chatloss.sample import Sample
+
+__all__ = ["CompareReport", "FilePart", "Mover", "Part", "Shares"]
+
+Floats = npt.NDArray[np.float64]
+Kind = Literal["reduction", "micro_batch_means", "step_means", "rank_means"]
+
+ASSUMPTION = (
+    "A share of the loss is a part of the sum of |u·w|/Z over all trained tokens: it assumes that each has the same nll, "
+    "and one optimiser step over all of the data."
+)
+MISTAKEN = (
+    "Not reductions, but what many trainers compute: each group of rows divides by its own trained tokens, and every "
+    "group's mean counts the same, however few they are. What a token weighs then depends on its neighbours."
+)
+FORMATS = {"A": "A: a turn a row", "B": "B: a chat a row", "encoded": "rows as encoded"}
+_NAME, _CELL, _LAST = 22, 5, 8
+_FILES = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tenth of the units, by length: from `low` to `high` trained tokens, and its share of all trained tokens."""
+
+    low: int
+    high: int
+    units: int
+    tokens: int
+    token_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class FilePart:
+    """A source file, and its share of all trained tokens."""
+
+    file: str
+    conversations: int
+    turns: int
+    tokens: int
+    token_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Mover:
+    """A turn or conversation that gets another share of the loss than under `token`."""
+
+    where: str
+    tokens: int
+    share: float
+    share_under_token: float
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Who gets what under one way to weigh tokens; all shares sum to 1.
+
+    `rows` is "A", "B" or "encoded" for a mistaken `kind`, `size` the rows of its micro-batches or its ranks, `order`
+    "data" or "shuffled" ("" where it makes no difference). `same_as` names an earlier reduction with the same shares.
+    `scale` is the loss if every nll is 1. `lowest` and `highest` are what a trained token weighs, user weights apart, in
+    units of what it weighs under `token`; `factor` turns w into these. `effective` is the number of equal turns,
+    conversations and tokens that would be as uneven: (sum s)^2 / sum s^2 (Kish). `deciles` are shares by length,
+    shortest first, and `short_to_long` is the weight of a token in the first of them over one in the last. `files` are
+    in the order of `CompareReport.files`. `gain` and `lose` differ most in share from `token`.
+    """
+
+    name: str
+    kind: Kind
+    rows: str = ""
+    size: int = 0
+    order: str = ""
+    same_as: str = ""
+    scale: float = 1.0
+    factor: float = 1.0
+    lowest: float = 1.0
+    highest: float = 1.0
+    effective: Mapping[str, float] = field(default_factory=dict)
+    deciles: Mapping[Unit, tuple[float, ...]] = field(default_factory=dict)
+    short_to_long: Mapping[Unit, float] = field(default_factory=dict)
+    files: tuple[float, ...] = ()
+    gain: Mapping[Unit, tuple[Mover, ...]] = field(default_factory=dict)
+    lose: Mapping[Unit, tuple[Mover, ...]] = field(default_factory=dict)
+
+    @property
+    def spread(self) -> float:
+        """How many times the weight of one trained token is that of another, at most; user weights apart."""
+        return self.highest / self.lowest if self.lowest else math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; a ratio beyond all numbers is None."""
+        return {
+            "name": self.name, "kind": self.kind, "row_format": self.rows, "size": self.size, "order": self.order,
+            "same_as": self.same_as, "scale": self.scale, "lowest": self.lowest, "highest": self.highest,
+            "spread": _finite(self.spread), "effective": dict(self.effective),
+            "deciles": {unit: list(self.deciles[unit]) for unit in UNITS},
+            "short_to_long": {unit: _finite(self.short_to_long[unit]) for unit in UNITS}, "files": list(self.files),
+            "gain": {unit: [_plain(mover) for mover in self.gain[unit]] for unit in UNITS},
+            "lose": {unit: [_plain(mover) for mover in self.lose[unit]] for unit in UNITS},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class CompareReport:
+    """Shares of the loss under every reduction, `token` first, and under the mistaken ways to compute a mean.
+
+    `parts` are the tenths of turns and of conversations by length. ``shares_of(name, unit)`` is float64 [units]: what
+    each turn (by conversation and message) or conversation gets, computed anew when asked for.
+    """
+
+    counts: Mapping[str, int]
+    parts: Mapping[Unit, tuple[Part, ...]]
+    files: tuple[FilePart, ...]
+    shares: tuple[Shares, ...]
+    seed: int
+    step_rows: int
+    shares_of: Callable[[str, Unit], Floats] = field(repr=False)
+
+    def __getitem__(self, name: str) -> Shares:
+        """The shares of that name, such as "turn" or "A: means of 4 rows, shuffled"; raises `KeyError`."""
+        for shares in self.shares:
+            if shares.name == name:
+                return shares
+        raise KeyError(name)
+
+    @property
+    def reductions(self) -> tuple[Shares, ...]:
+        return tuple(shares for shares in self.shares if shares.kind == "reduction")
+
+    @property
+    def mistaken(self) -> tuple[Shares, ...]:
+        return tuple(shares for shares in self.shares if shares.kind != "reduction")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values with stable keys: what `chatloss compare --json` prints."""
+        return {
+            "assumption": ASSUMPTION, **self.counts, "seed": self.seed, "step_rows": self.step_rows,
+            "deciles": {unit: [_plain(part) for part in self.parts[unit]] for unit in UNITS},
+            "files_by_name": [_plain(part) for part in self.files],
+            "reductions": [shares.to_dict() for shares in self.reductions],
+            "mistaken": [shares.to_dict() for shares in self.mistaken],
+        }
+
+    def weights_by_reduction(self, samples: Sequence[Sample]) -> dict[str, list[Floats]]:
+        """What `page.page` takes for these rows: float64 [n] for each, where 1 is what `token` gives a token.
+
+        The rows of a conversation must follow each other and share a source. Reductions that share out the loss as an
+        earlier one does are left out.
+        """
+        chats = [list(rows) for _, rows in groupby(enumerate(samples), lambda at: at[1].source or at[0])]
+        out: dict[str, list[Floats]] = {}
+        for shares in self._distinct():
+            reduction = Reduction.parse(shares.name)
+            examples = (reduction.of_example([row for _, row in chat]) for chat in chats)
+            out[shares.name] = [weights * shares.factor for example in examples for weights in example.weights]
+        return out
+
+    def _distinct(self) -> list[Shares]:
+        return [shares for shares in self.reductions if not shares.same_as]
+
+    def _same(self, kept: Sequence[Shares]) -> Iterator[str]:
+        """One sentence for each reduction that others are the same as."""
+        for shares in self._distinct():
+            same = [other.name for other in kept if other.same_as == shares.name]
+            if same:
+                yield f"The same shares as {shares.name}: {', '.join(same)}."
+
+    def _means(self, rows: str, order: str) -> list[Shares]:
+        """The mistaken ones for rows of that format in that order, without those for which the order is another."""
+        return [shares for shares in self.mistaken if shares.rows == rows and shares.order in (order, "")]
+
+    def _formats(self) -> list[str]:
+        return list(dict.fromkeys(shares.rows for shares in self.mistaken))
+
+    def _units(self) -> list[Unit]:
+        """Turns, and conversations where these are something else."""
+        return ["turn", "conversation"] if self.counts["turns"] > self.counts["conversations"] else ["turn"]
+
+    # -- the terminal ----------------------------------------------------------------------------------------------
+
+    def render(self, *, color: bool = True) -> Lines:
+        """The report for a rich console (or `str()`), 80 columns wide."""
+        lines = [*self._totals()]
+        for unit in self._units():
+            lines += [Line(), *self._decile_lines(unit)]
+        lines += [Line(), *self._weight_lines()]
+        if self.mistaken:
+            lines += [Line(), *self._mistaken_lines()]
+        for unit in self._units():
+            lines += self._mover_lines(unit)
+        if len(self.files) > 1:
+            lines += [Line(), *self._file_lines()]
+        return Lines(lines, color)
+
+    def _totals(self) -> list[Line]:
+        n = self.counts
+        parts = [plural(n["conversations"], "conversation"), plural(n["turns"], "turn"), plural(n["rows"], "row"),
+                 plural(n["trained_tokens"], "trained token")]
+        text = " → ".join(parts)
+        if n["untrained_conversations"]:
+            text += f" ({plural(n['untrained_conversations'], 'conversation')} without any left out)"
+        return [Line(text=text, style="bold"), Line(text=ASSUMPTION)]
+
+    def _decile_lines(self, unit: Unit) -> list[Line]:
+        parts = self.parts[unit]
+        groups = f"tenths of the {unit}s" if len(parts) == 10 else f"every {unit}"
+        lines = [Line(text=f"Share of the loss in %, {groups} from short to long", style="bold")]
+        lines += [_row("trained tokens, from", [_short(part.low) for part in parts], ""),
+                  _row("to", [_short(part.high) for part in parts], "first:"),
+                  _row("share of the tokens", [_percent(part.token_share) for part in parts], "last")]
+        rows = "B" if unit == "conversation" and "B" in self._formats() else "A"
+        means = [shares for shares in self._means(rows, "shuffled") if not shares.same_as]
+        for shares in [*self._distinct(), *means]:
+            cells = [_percent(share) for share in shares.deciles[unit]]
+            lines.append(_row(shares.name.removesuffix(", shuffled"), cells, _times(shares.short_to_long[unit])))
+        if means:
+            lines.append(Line(text=f"{rows}: see below; rows shuffled."))
+        lines += [Line(text=text) for text in self._same([*self.reductions, *self._means(rows, "shuffled")])]
+        return [*lines, Line(text=f"first:last: a token's weight in the shortest {unit}s over one in the longest.")]
+
+    def _weight_lines(self) -> list[Line]:
+        head, *body = self._weight_table()
+        lines = [Line(text="Weight of one trained token, where `token` gives it 1", style="bold")]
+        return [*lines, *(Line(((cells[0][:26].ljust(26), ""),), "".join(cell.rjust(9) for cell in cells[1:]))
+                          for cells in (head, *body)), Line(text=_ABOUT_WEIGHTS)]
+
+    def _weight_table(self) -> list[list[str]]:
+        head = ["", "lowest", "highest", "spread", "turns", "tokens", "scale"]
+        return [head, *([shares.name, _number(shares.lowest), _number(shares.highest), _times(shares.spread),
+                         _number(shares.effective["turn"]), _number(shares.effective["token"]), _number(shares.scale)]
+                        for shares in self.reductions)]
+
+    def _mistaken_lines(self) -> list[Line]:
+        head, orders, *body = self._mistaken_table()
+        width = 2 * 9
+        lines = [Line(text="Means of means: how unequal they make the tokens", style="bold"),
+                 Line(text=MISTAKEN), Line(text=_ABOUT_SPREAD),
+                 Line(((" " * 24, ""),), "".join(cell.rjust(width) for cell in head[1::2]).rstrip())]
+        return lines + [Line(((cells[0].ljust(24), ""),), "".join(cell.rjust(9) for cell in cells[1:]))
+                        for cells in (orders, *body)]
+
+    def _mistaken_table(self) -> list[list[str]]:
+        formats = self._formats()
+        table = [["", *(name for rows in formats for name in (FORMATS[rows], ""))],
+                 ["spread", *("in order", "shuffled") * len(formats)]]
+        columns = [self._means(rows, order) for rows in formats for order in ("data", "shuffled")]
+        for same in zip(*columns, strict=True):
+            what = same[0].name.partition(": ")[2].removesuffix(", shuffled")
+            label = f"exact {what}" if same[0].kind == "step_means" else what
+            table.append([label, *(_times(shares.spread) for shares in same)])
+        return table
+
+    def _mover_lines(self, unit: Unit) -> list[Line]:
+        moved = [shares for shares in self._distinct() if shares.gain[unit] and shares.name == unit]
+        lines: list[Line] = []
+        for shares in moved:
+            title = f"The {unit}s that gain and lose most under `{shares.name}`: share under token → here"
+            lines += [Line(), Line(text=title, style="bold")]
+            for sign, movers in (("+", shares.gain[unit]), ("-", shares.lose[unit])):
+                lines += [Line(((f"{sign} {_mover(mover)}  ", ""),), inline(mover.where)) for mover in movers]
+        return lines
+
+    def _file_lines(self) -> list[Line]:
+        order = sorted(range(len(self.files)), key=lambda i: -self.files[i].tokens)
+        shown, rest = order[:_FILES], order[_FILES:]
+        lines = [Line(text="Share of the loss in %, by source file", style="bold")]
+        for number, i in enumerate(shown, 1):
+            part = self.files[i]
+            lines.append(Line(((f"  [{number}] ", ""),), f"{inline(part.file) or '(unnamed)'}: {_holds(part)}"))
+        if rest:
+            lines.append(Line(text=f"  [+] {plural(len(rest), 'more file')}"))
+
+        def cells(values: Sequence[float]) -> list[str]:
+            more = [sum(values[i] for i in rest)] if rest else []
+            return [_percent(value) for value in (*(values[i] for i in shown), *more)]
+
+        heads = [*(f"[{number}]" for number in range(1, len(shown) + 1)), *(["[+]"] if rest else [])]
+        lines += [_row("", heads, ""), _row("share of the tokens", cells([part.token_share for part in self.files]), "")]
+        return lines + [_row(shares.name, cells(shares.files), "") for shares in self._distinct()]
+
+    # -- the page --------------------------------------------------------------------------------------------------
+
+    def sections(self) -> list[Section]:
+        """Tables and curves for `page.page(sections=...)`."""
+        out = [Section("Weight of one trained token", f"{ASSUMPTION} {_ABOUT_WEIGHTS}", self._weight_table())]
+        for unit in self._units():
+            parts = self.parts[unit]
+            head = ["share of the loss in %", *(_range(part) for part in parts), "first:last"]
+            table = [head, ["share of the tokens", *(_percent(part.token_share) for part in parts), ""]]
+            for shares in self.shares:
+                if not shares.same_as:
+                    cells = [_percent(share) for share in shares.deciles[unit]]
+                    table.append([shares.name, *cells, _times(shares.short_to_long[unit])])
+            text = " ".join([f"The {unit}s by trained tokens, from short to long. first:last is the weight of a token in "
+                             "the first column over one in the last.", *self._same(self.shares)])
+            out.append(Section(f"Share of the loss by length of the {unit}", text, table))
+        if self.mistaken:
+            head, orders, *body = self._mistaken_table()
+            columns = [f"{a or b}, {order}" for a, b, order in zip(head[1:], head[:-1], orders[1:], strict=True)]
+            out.append(Section("Means of means", f"{MISTAKEN} {_ABOUT_SPREAD}", [["spread", *columns], *body]))
+        for unit in self._units():
+            movers = [[shares.name, sign, mover.where, f"{mover.tokens:,}", _percent(mover.share_under_token, 3),
+                       _percent(mover.share, 3)]
+                      for shares in self._distinct() for sign, movers in (("gains", shares.gain[unit]),
+                                                                         ("loses", shares.lose[unit]))
+                      for mover in movers]
+            if movers:
+                head = ["reduction", "", unit, "trained tokens", "% under token", "% here"]
+                out.append(Section(f"The {unit}s that gain and lose most", "", [head, *movers]))
+        if len(self.files) > 1:
+            names = [shares.name for shares in self._distinct()]
+            rows = [[part.file, _holds(part), _percent(part.token_share),
+                     *(_percent(shares.files[i]) for shares in self._distinct())] for i, part in enumerate(self.files)]
+            head = ["file", "", "share of the tokens", *names]
+            out.append(Section("Share of the loss in %, by source file", "", [head, *rows]))
+        return [*out, *(self._curve(shares) for shares in self._distinct())]
+
+    def _curve(self, shares: Shares) -> Section:
+        units = np.cumsum([0, *(part.units for part in self.parts["turn"])])
+        loss = np.cumsum([0.0, *shares.deciles["turn"]])
+        points = zip((100 * units / units[-1]).tolist(), (100 * loss).tolist(), strict=True)
+        text = "Across: % of the turns, shortest first. Up: % of the loss that they get together."
+        return Section(f"The loss of the shorter turns under {shares.name}", text, curve=list(points))
+
+
+_ABOUT_WEIGHTS = (
+    "spread: highest/lowest. turns, tokens: how many equal ones would carry the loss as evenly. scale: the loss if "
+    "every nll is 1; what learning rate and clipping see."
+)
+_ABOUT_SPREAD = (
+    "spread: weight of the heaviest trained token over the lightest. Exact steps divide by the tokens of the whole step; "
+    "they differ only because steps count the same. Ranks share such a step."
+)
+
+
+def _row(name: str, cells: Sequence[str], last: str) -> Line:
+    head = name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
+    text = "".join(cell.rjust(_CELL) for cell in cells) + (last.rjust(_LAST) if last else "")
+    return Line(((head.ljust(_NAME), ""),), text)
+
+
+def _holds(part: FilePart) -> str:
+    parts = (plural(part.conversations, "conversation"), plural(part.turns, "turn"), plural(part.tokens, "token"))
+    return ", ".join(parts)
+
+
+def _range(part: Part) -> str:
+    return f"{part.low:,}" if part.low == part.high else f"{part.low:,}–{part.high:,}"
+
+
+def _mover(mover: Mover) -> str:
+    times = _times(mover.share / mover.share_under_token)
+    shares = f"{_percent(mover.share_under_token, 2):>6}% → {_percent(mover.share, 2):>5}%"
+    return f"{shares} {times:>7} {_short(mover.tokens):>5} tok"
+
+
+def _percent(share: float, places: int = 1) -> str:
+    """A share in percent, at most four or five characters.
+
+    >>> [_percent(share) for share in (0.0, 0.0001, 0.0123, 0.123, 1.0)]
+    ['0', '<0.1', '1.2', '12.3', '100']
+    """
+    if 0 < share < 0.5 * 10 ** -(places + 2):
+        return f"<{10**-places:.{places}f}"
+    text = f"{100 * share:.{places}f}"
+    return "0" if not share else "100" if text.startswith("100") else text
+
+
+def _short(count: int) -> str:
+    """At most four characters up to a hundred million.
+
+    >>> _short(9999), _short(12345), _short(4_500_000)
+    ('9999', '12k', '4M')
+    """
+    return str(count) if count < 10_000 else f"{count // 1000}k" if count < 1_000_000 else f"{count // 1_000_000}M"
+
+
+def _number(value: float) -> str:
+    """
+    >>> [_number(value) for value in (1.0, 0.01234, 123.4, 12345.6, math.inf)]
+    ['1', '0.012', '123', '12,346', '∞']
+    """
+    if math.isinf(value):
+        return "∞"
+    if value >= 1e7:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}" if value >= 1 else f"{value:.2g}"
+
+
+def _times(value: float) -> str:
+    """
+    >>> _times(1.0 + 1e-12), _times(99.0), _times(math.inf)
+    ('1×', '99×', '∞×')
+    """
+    return f"{_number(value)}×"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _plain(item: Part | FilePart | Mover) -> dict[str, Any]:
+    return {name: getattr(item, name) for name in item.__dataclass_fields__}
