@@ -44,8 +44,9 @@ def compare(
     computed for rows that hold one turn (format A of the literature), one conversation (B), and, if they are neither,
     the rows as they come; in the order of the data and shuffled by `seed`. Means of micro-batches: `micro_rows` rows
     that follow each other form a micro-batch (the last may be smaller), divide by their own tokens, and every mean
-    counts the same. Means of ranks: steps of `step_rows` rows are dealt out to so many ranks, which do so. Rows that
-    train nothing are left out, and so is position 0 of a row, which nothing predicts.
+    counts the same. Means of ranks: the rows of a step, `step_rows` of them, are dealt out to so many ranks, each of
+    which divides by its own tokens; a step as a whole keeps the share that `token` gives it. Rows that train nothing
+    are left out, and so is position 0 of a row, which nothing predicts.
 
     Reads `examples` once and keeps some numbers for each turn, nothing for a token. Raises `RecipeError` for an unknown
     reduction, `DataError` if nothing is trained, `ValueError` for sizes below 1.
@@ -199,34 +200,42 @@ def _mistaken(
             continue
         count = int(of.max()) + 1
         for size in dict.fromkeys(micro_rows):
-            name = f"{rows}: means of {size} row{'s' * (size != 1)}"
+            shares = Shares(f"{rows}: means of {size} row{'s' * (size != 1)}", "micro_batch_means", rows, size)
             at = np.arange(count) // size
-            yield from _in_orders(table, Shares(name, "micro_batch_means", rows, size), of, at, seed)
+            yield from _in_orders(table, shares, of, at, int(at[-1]) + 1, seed)
         step, place = np.divmod(np.arange(count), step_rows)
-        if ranks:
-            name = f"{rows}: steps of {step_rows} row{'s' * (step_rows != 1)}"
-            yield from _in_orders(table, Shares(name, "step_means", rows, 1), of, step, seed)
-        for size in dict.fromkeys(size for size in ranks if size > 1):
-            name = f"{rows}: means of {size} ranks"
-            yield from _in_orders(table, Shares(name, "rank_means", rows, size), of, step * size + place % size, seed)
+        for size in dict.fromkeys(ranks):
+            shares = Shares(f"{rows}: means of {size} rank{'s' * (size != 1)}", "rank_means", rows, size)
+            yield from _in_orders(table, shares, of, step * size + place % size, size, seed)
 
 
-def _in_orders(table: Table, shares: Shares, rows: Ints, group_at: Ints, seed: int) -> Iterator[_Scheme]:
-    """Means of groups of rows, whose means count the same. `rows` [P] are ids; `group_at` the group of every place."""
+def _in_orders(
+    table: Table, shares: Shares, rows: Ints, group_at: Ints, per_step: int, seed: int
+) -> Iterator[_Scheme]:
+    """Means of groups of rows. `rows` [P] are ids, `group_at` the group of every place, `per_step` groups a step."""
     groups = len(np.unique(group_at))
-    for order in ("data", "shuffled") if 1 < groups < len(group_at) else ("",):
+    whatever = groups == 1 or (groups == len(group_at) and groups <= per_step)
+    for order in ("",) if whatever else ("data", "shuffled"):
         group = group_at
         if order == "shuffled":
             group = np.empty_like(group_at)
             group[epoch_order(len(group_at), seed, 0)] = group_at
-        n = np.bincount(group[rows], table.n)
         name = f"{shares.name}, shuffled" if order == "shuffled" else shares.name
-        made = replace(shares, name=name, order=order)
-        yield _Scheme(made, _group_means(n, group, rows), float(np.count_nonzero(n)))
+        weights = _group_means(table, group[rows], per_step)
+        yield _Scheme(replace(shares, name=name, order=order), weights, float(table.n.sum()))
 
 
-def _group_means(n: Floats, group: Ints, rows: Ints) -> Callable[[], Floats]:
-    return lambda: 1.0 / n[group[rows]]
+def _group_means(table: Table, group: Ints, per_step: int) -> Callable[[], Floats]:
+    """In a step of N tokens whose G groups have n each, a token weighs N / (G n) instead of 1."""
+
+    def weights() -> Floats:
+        n = np.bincount(group, table.n)
+        step = np.arange(len(n)) // per_step
+        tokens, groups = np.bincount(step, n), np.bincount(step, n > 0)
+        w = tokens[step] / (groups[step] * np.maximum(n, 1.0))  # nobody asks for the weight in a rank without rows
+        return w[group]
+
+    return weights
 
 
 class _Measured:

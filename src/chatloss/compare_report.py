@@ -19,15 +19,16 @@ from chatloss.sample import Sample
 __all__ = ["CompareReport", "FilePart", "Mover", "Part", "Shares"]
 
 Floats = npt.NDArray[np.float64]
-Kind = Literal["reduction", "micro_batch_means", "step_means", "rank_means"]
+Kind = Literal["reduction", "micro_batch_means", "rank_means"]
 
 ASSUMPTION = (
     "A share of the loss is a part of the sum of |u·w|/Z over all trained tokens: it assumes that each has the same nll, "
     "and one optimiser step over all of the data."
 )
 MISTAKEN = (
-    "Not reductions, but what many trainers compute: each group of rows divides by its own trained tokens, and every "
-    "group's mean counts the same, however few they are. What a token weighs then depends on its neighbours."
+    "Not reductions, but what many trainers compute: each micro-batch, or each rank of a step of {} rows, divides by its "
+    "own trained tokens, and the means count the same, however few those are. What a token weighs then depends on the "
+    "rows beside it."
 )
 FORMATS = {"A": "A: a turn a row", "B": "B: a chat a row", "encoded": "rows as encoded"}
 _NAME, _CELL, _LAST = 22, 5, 8
@@ -179,6 +180,10 @@ class CompareReport:
             if same:
                 yield f"The same shares as {shares.name}: {', '.join(same)}."
 
+    def _short_names(self) -> bool:
+        """Whether the last parts of the files' paths tell them apart."""
+        return len({part.file.rpartition("/")[2] for part in self.files}) == len(self.files)
+
     def _means(self, rows: str, order: str) -> list[Shares]:
         """The mistaken ones for rows of that format in that order, without those for which the order is another."""
         return [shares for shares in self.mistaken if shares.rows == rows and shares.order in (order, "")]
@@ -213,24 +218,34 @@ class CompareReport:
         text = " → ".join(parts)
         if n["untrained_conversations"]:
             text += f" ({plural(n['untrained_conversations'], 'conversation')} without any left out)"
-        return [Line(text=text, style="bold"), Line(text=ASSUMPTION)]
+        return [Line(text=text, style="bold"), Line(text=ASSUMPTION), *(Line(text=said) for said in self._in_short())]
+
+    def _in_short(self) -> Iterator[str]:
+        """What a reader in a hurry wants to know."""
+        parts = self.parts["turn"]
+        part = parts[0]
+        which = f"The shortest tenth of the turns ({_range(part)} tokens)" if len(parts) == 10 else "The shortest turn"
+        aliases = {"turn": " (format A)", "conversation": " (format B)"}
+        told = [f"{_percent(shares.deciles['turn'][0])}% under {shares.name}{aliases.get(shares.name, '')}"
+                for shares in self._distinct() if shares.name in ("token", *UNITS)]
+        yield f"{which} has {_percent(part.token_share)}% of the tokens; of the loss it gets {', '.join(told)}."
 
     def _decile_lines(self, unit: Unit) -> list[Line]:
         parts = self.parts[unit]
         groups = f"tenths of the {unit}s" if len(parts) == 10 else f"every {unit}"
         lines = [Line(text=f"Share of the loss in %, {groups} from short to long", style="bold")]
         lines += [_row("trained tokens, from", [_short(part.low) for part in parts], ""),
-                  _row("to", [_short(part.high) for part in parts], "first:"),
-                  _row("share of the tokens", [_percent(part.token_share) for part in parts], "last")]
+                  _row("to", [_short(part.high) for part in parts], ""),
+                  _row("share of the tokens", [_percent(part.token_share) for part in parts], "ratio")]
         rows = "B" if unit == "conversation" and "B" in self._formats() else "A"
         means = [shares for shares in self._means(rows, "shuffled") if not shares.same_as]
         for shares in [*self._distinct(), *means]:
             cells = [_percent(share) for share in shares.deciles[unit]]
             lines.append(_row(shares.name.removesuffix(", shuffled"), cells, _times(shares.short_to_long[unit])))
-        if means:
-            lines.append(Line(text=f"{rows}: see below; rows shuffled."))
-        lines += [Line(text=text) for text in self._same([*self.reductions, *self._means(rows, "shuffled")])]
-        return [*lines, Line(text=f"first:last: a token's weight in the shortest {unit}s over one in the longest.")]
+        notes = ["ratio: weight of a token in the first column over one in the last."]
+        notes += [f"{FORMATS[rows]}, shuffled; the means are mistaken, see below."] * bool(means)
+        alike = [*(self.reductions if unit == "turn" else ()), *self._means(rows, "shuffled")]
+        return [*lines, *(Line(text=text) for text in (*notes, *self._same(alike)))]
 
     def _weight_lines(self) -> list[Line]:
         head, *body = self._weight_table()
@@ -239,7 +254,7 @@ class CompareReport:
                           for cells in (head, *body)), Line(text=_ABOUT_WEIGHTS)]
 
     def _weight_table(self) -> list[list[str]]:
-        head = ["", "lowest", "highest", "spread", "turns", "tokens", "scale"]
+        head = ["", "lowest", "highest", "spread", "eff.turn", "eff.tok.", "scale"]
         return [head, *([shares.name, _number(shares.lowest), _number(shares.highest), _times(shares.spread),
                          _number(shares.effective["turn"]), _number(shares.effective["token"]), _number(shares.scale)]
                         for shares in self.reductions)]
@@ -248,7 +263,7 @@ class CompareReport:
         head, orders, *body = self._mistaken_table()
         width = 2 * 9
         lines = [Line(text="Means of means: how unequal they make the tokens", style="bold"),
-                 Line(text=MISTAKEN), Line(text=_ABOUT_SPREAD),
+                 Line(text=f"{MISTAKEN.format(self.step_rows)} {_ABOUT_SPREAD}"),
                  Line(((" " * 24, ""),), "".join(cell.rjust(width) for cell in head[1::2]).rstrip())]
         return lines + [Line(((cells[0].ljust(24), ""),), "".join(cell.rjust(9) for cell in cells[1:]))
                         for cells in (orders, *body)]
@@ -260,27 +275,28 @@ class CompareReport:
         columns = [self._means(rows, order) for rows in formats for order in ("data", "shuffled")]
         for same in zip(*columns, strict=True):
             what = same[0].name.partition(": ")[2].removesuffix(", shuffled")
-            label = f"exact {what}" if same[0].kind == "step_means" else what
-            table.append([label, *(_times(shares.spread) for shares in same)])
+            table.append([what, *(_times(shares.spread) for shares in same)])
         return table
 
     def _mover_lines(self, unit: Unit) -> list[Line]:
         moved = [shares for shares in self._distinct() if shares.gain[unit] and shares.name == unit]
+        short = self._short_names()
         lines: list[Line] = []
         for shares in moved:
             title = f"The {unit}s that gain and lose most under `{shares.name}`: share under token → here"
             lines += [Line(), Line(text=title, style="bold")]
             for sign, movers in (("+", shares.gain[unit]), ("-", shares.lose[unit])):
-                lines += [Line(((f"{sign} {_mover(mover)}  ", ""),), inline(mover.where)) for mover in movers]
+                lines += [Line(((f"{sign} {_mover(mover)}  ", ""),), _shortened(mover.where, short)) for mover in movers]
         return lines
 
     def _file_lines(self) -> list[Line]:
+        short = self._short_names()
         order = sorted(range(len(self.files)), key=lambda i: -self.files[i].tokens)
         shown, rest = order[:_FILES], order[_FILES:]
         lines = [Line(text="Share of the loss in %, by source file", style="bold")]
         for number, i in enumerate(shown, 1):
             part = self.files[i]
-            lines.append(Line(((f"  [{number}] ", ""),), f"{inline(part.file) or '(unnamed)'}: {_holds(part)}"))
+            lines.append(Line(((f"  [{number}] ", ""),), f"{_shortened(part.file, short) or '(unnamed)'}: {_holds(part)}"))
         if rest:
             lines.append(Line(text=f"  [+] {plural(len(rest), 'more file')}"))
 
@@ -299,19 +315,19 @@ class CompareReport:
         out = [Section("Weight of one trained token", f"{ASSUMPTION} {_ABOUT_WEIGHTS}", self._weight_table())]
         for unit in self._units():
             parts = self.parts[unit]
-            head = ["share of the loss in %", *(_range(part) for part in parts), "first:last"]
+            head = ["share of the loss in %", *(_range(part) for part in parts), "ratio"]
             table = [head, ["share of the tokens", *(_percent(part.token_share) for part in parts), ""]]
             for shares in self.shares:
                 if not shares.same_as:
                     cells = [_percent(share) for share in shares.deciles[unit]]
                     table.append([shares.name, *cells, _times(shares.short_to_long[unit])])
-            text = " ".join([f"The {unit}s by trained tokens, from short to long. first:last is the weight of a token in "
-                             "the first column over one in the last.", *self._same(self.shares)])
+            text = " ".join([f"The {unit}s by trained tokens, from short to long. ratio: weight of a token in the first "
+                             "column over one in the last.", *self._same(self.shares)])
             out.append(Section(f"Share of the loss by length of the {unit}", text, table))
         if self.mistaken:
             head, orders, *body = self._mistaken_table()
             columns = [f"{a or b}, {order}" for a, b, order in zip(head[1:], head[:-1], orders[1:], strict=True)]
-            out.append(Section("Means of means", f"{MISTAKEN} {_ABOUT_SPREAD}", [["spread", *columns], *body]))
+            out.append(Section("Means of means", f"{MISTAKEN.format(self.step_rows)} {_ABOUT_SPREAD}", [["spread", *columns], *body]))
         for unit in self._units():
             movers = [[shares.name, sign, mover.where, f"{mover.tokens:,}", _percent(mover.share_under_token, 3),
                        _percent(mover.share, 3)]
@@ -338,19 +354,20 @@ class CompareReport:
 
 
 _ABOUT_WEIGHTS = (
-    "spread: highest/lowest. turns, tokens: how many equal ones would carry the loss as evenly. scale: the loss if "
-    "every nll is 1; what learning rate and clipping see."
+    "spread: highest over lowest. eff.: how many equal turns, and tokens, would carry the loss as evenly (Kish). scale: "
+    "the loss if every nll is 1, which learning rate and clipping see."
 )
-_ABOUT_SPREAD = (
-    "spread: weight of the heaviest trained token over the lightest. Exact steps divide by the tokens of the whole step; "
-    "they differ only because steps count the same. Ranks share such a step."
-)
+_ABOUT_SPREAD = "spread: weight of the heaviest trained token over the lightest; 1× is right."
 
 
 def _row(name: str, cells: Sequence[str], last: str) -> Line:
     head = name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
     text = "".join(cell.rjust(_CELL) for cell in cells) + (last.rjust(_LAST) if last else "")
     return Line(((head.ljust(_NAME), ""),), text)
+
+
+def _shortened(where: str, short: bool) -> str:
+    return inline(where.rpartition("/")[2] if short else where)
 
 
 def _holds(part: FilePart) -> str:

@@ -121,8 +121,8 @@ def _ambiguous(what: str, at: int, where: str) -> NoReturn:
 def _structural(text: str, marker: str, where: str) -> list[int]:
     """Where `marker` stands as structure: at line starts if it is given with a newline in front, else anywhere.
 
-    A marker that begins a line here and stands in the middle of one there is quoted in one of the two places; which, only
-    the user can say.
+    A marker that begins a line here and stands in the middle of one there is quoted in one of the two places; which,
+    only the user can say.
     """
     bare = marker.strip("\n")
     found, at = [], text.find(bare)

@@ -30,7 +30,7 @@ class Encoded:
 
 
 def boundary_is_clean(context: Ids, joint: Encoded, char: int) -> bool:
-    """Whether the ids of a text begin with `context`, the ids of its first `char` characters, and no token straddles."""
+    """Whether a text's ids begin with `context`, those of its first `char` characters, and no token straddles them."""
     n = len(context)
     if len(joint.ids) < n or not np.array_equal(joint.ids[:n], context):
         return False
