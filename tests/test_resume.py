@@ -5,9 +5,12 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from tests.crash import outcome, run
+from tests.crash import RECIPE, outcome, run
+from tests.synthetic import FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,21 @@ def test_kill_9_again_and_again_gives_the_same_bytes(whole: Path, tmp_path: Path
 def test_kill_9_of_a_rank_of_two_gives_the_same_bytes(tmp_path: Path) -> None:
     assert run(tmp_path / "whole", ranks=2) == 0
     killed_and_continued(tmp_path / "run", 70, ranks=2)
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_sharded_ranks_train_the_model_of_one_rank_and_survive_kill_9(tmp_path: Path) -> None:
+    # An optimiser made after a forward pass, or moments saved after one, would hold gathered copies of parameters.
+    settings = {**RECIPE["run"], "eval_every": 1}
+    model = FAMILIES["llama"]
+    assert run(tmp_path / "one", model=model, run=settings) == 0
+    settings["parallel"] = "fsdp"
+    assert run(tmp_path / "whole", ranks=2, model=model, run=settings) == 0
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "whole"))
+    for name, value in one.items():
+        np.testing.assert_allclose(two[name], value, atol=2e-5, err_msg=name)
+    assert run(tmp_path / "run", 70, ranks=2, model=model, run=settings) == signal.SIGKILL
+    assert run(tmp_path / "run", ranks=2, model=model, run=settings) == 0
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 

@@ -106,7 +106,9 @@ def load_optimizer(path: Path, loss: TokenLoss, optimizer: torch.optim.Optimizer
                     from torch.distributed.tensor import distribute_tensor
 
                     value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-                optimizer.state[parameter][what] = value.to(parameter.device) if value.ndim else value
+                # A count of steps is read by the CPU, except by fused kernels.
+                home = parameter.device if value.ndim or optimizer.defaults.get("fused") else "cpu"
+                optimizer.state[parameter][what] = value.to(home)
     except (OSError, KeyError, SafetensorError) as error:
         raise RecipeError(
             f"the optimiser's state does not fit: {error}", where=str(path / OPTIMIZER), hint="start anew with --fresh"
@@ -114,12 +116,11 @@ def load_optimizer(path: Path, loss: TokenLoss, optimizer: torch.optim.Optimizer
 
 
 def _optimizer_state(loss: TokenLoss, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    out = {}
-    for name, parameter in loss.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                out[f"{name}/{key}"] = _whole(value)
-    return out
+    names: dict[Tensor, str] = {parameter: name for name, parameter in loss.named_parameters()}
+    # Fails if the optimiser holds parameters that are not the module's: then it was made at the wrong moment.
+    states = {names[parameter]: state for parameter, state in optimizer.state.items()}
+    return {f"{name}/{key}": _whole(value) for name, state in states.items() for key, value in state.items()
+            if isinstance(value, Tensor)}
 
 
 def _full_weights(loss: TokenLoss, world: World) -> dict[str, Tensor] | None:

@@ -172,7 +172,9 @@ def template(template: str, tokenizer: str | None, as_json: bool) -> None:
         encoder = ChatEncoder.load(tokenizer, Path(template))
     elif Path(template).is_file() and not template.endswith(".json"):
         # Without a tokenizer the texts can still be told: every byte is a token.
-        loaded = Loaded(CallableTokens(lambda text: list(text.encode()), lambda ids: bytes(ids).decode()), name="bytes")
+        tokens = CallableTokens(lambda text: list(text.encode()), lambda ids: bytes(ids).decode("utf-8", "replace"))
+        special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+        loaded = Loaded(tokens, special_tokens=special, name="bytes")
         encoder = ChatEncoder.load(loaded, read_template(Path(template)))
     else:
         encoder = ChatEncoder.load(template)
@@ -193,7 +195,10 @@ def check(source: Source, html: str | None, as_json: bool, strict: bool) -> None
     from chatloss.check import check as audit
 
     encoder, reader = source.encoder(), source.reader(lenient=True)
-    report = audit(reader, encoder, markers=source.markers(encoder), keep_samples=2000 if html else 0)
+    kept = 2000 if html else 0
+    report = audit(
+        reader, encoder, markers=source.markers(encoder), max_rejects=source.max_rejects, keep_samples=kept
+    )
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -202,7 +207,8 @@ def check(source: Source, html: str | None, as_json: bool, strict: bool) -> None
         from chatloss.page import write_page
 
         write_page(html, report.samples, title=f"chatloss check {' '.join(source.data)}", decode=encoder.decode,
-                   findings=report.findings_for_page(), rejects=reader.rejects)
+                   roles=report.roles, summary=report.summary_for_page(), findings=report.findings_for_page(),
+                   rejects=reader.rejects)
         print(f"wrote {html}", file=sys.stderr)
     raise SystemExit(report.exit_code(strict))
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from chatloss.batch import epoch_order
-from chatloss.compare_report import CompareReport, FilePart, Mover, Part, Shares
+from chatloss.compare_report import CompareReport
+from chatloss.compare_shares import FilePart, Kind, Mover, Part, Shares
 from chatloss.errors import DataError, RecipeError
 from chatloss.reduction import FORMS, UNITS, Reduction, Unit
 from chatloss.sample import Sample
@@ -64,22 +66,25 @@ def compare(
         raise ValueError("micro_rows, ranks and step_rows must be at least 1")
     named = list(dict.fromkeys(Reduction.parse(name).name for name in ("token", *reductions)))
     table = Table.of(examples)
-    schemes = [*(_reduction(table, name) for name in named), *_mistaken(table, micro_rows, ranks, seed, step_rows)]
+    ways = [*(Shares(name, "reduction") for name in named), *_mistaken(table, micro_rows, ranks, step_rows)]
     measured = _Measured(table)
     shares: list[Shares] = []
     known: dict[str, Floats] = {}
-    for scheme in schemes:
-        w = scheme.weights()
-        relative = measured.relative(w, scheme.shares.name)
+    for way in ways:
+        w, z = _weights(table, way, seed, step_rows)
+        relative = measured.relative(w, z, way.name)
         same = next((name for name, other in known.items() if np.allclose(relative, other, _EQUAL, 0.0)), "")
-        if scheme.shares.kind == "reduction" and not same:
-            known[scheme.shares.name] = relative
-        shares.append(replace(measured.shares(scheme, w, relative), same_as=same))
-    by_name = {scheme.shares.name: scheme for scheme in schemes}
+        if way.kind == "reduction" and not same:
+            known[way.name] = relative
+        shares.append(replace(measured.shares(way, w, z, relative), same_as=same))
+
+    def shares_of(name: str, unit: Unit) -> Floats:
+        way = next(way for way in ways if way.name == name)
+        return measured.unit_shares(_weights(table, way, seed, step_rows)[0], unit)
+
     return CompareReport(
         counts=table.counts(), parts={unit: measured.parts(unit) for unit in UNITS}, files=measured.file_parts(),
-        shares=tuple(shares), seed=seed, step_rows=step_rows,
-        shares_of=lambda name, unit: measured.unit_shares(by_name[name].weights(), unit),
+        shares=tuple(shares), seed=seed, step_rows=step_rows, shares_of=shares_of,
     )
 
 
@@ -87,8 +92,8 @@ def compare(
 class Table:
     """The trained tokens of a stream. A piece is what one row trains of one turn; nearly always that is all of it.
 
-    Of the P pieces: `n` trained tokens, `user` sum of ``|u|``, `square` sum of ``u^2``, `row` and `turn` they are of. Of
-    the K turns, sorted by conversation and message: `conversation`, `message`. Of the M conversations: `file` and
+    Of the P pieces: `n` trained tokens, `user` sum of ``|u|``, `square` sum of ``u^2``, `row` and `turn` that it is of.
+    Of the K turns, sorted by conversation and message: `conversation`, `message`. Of the M conversations: `file` and
     `number` of the row (-1: unknown). `skipped` conversations train nothing.
     """
 
@@ -135,9 +140,10 @@ class Table:
             number.append(int(found[2]) if found else -1)
         if not n:
             raise DataError("nothing is trained", hint="see `chatloss view` for what is not, and why", kind="empty")
-        ints = [np.frombuffer(of, np.int64) for of in (n, row, turn, conversation, message, file, number)]
-        floats = [np.frombuffer(of, np.float64) for of in (user, square)]
-        return cls(ints[0], *floats, *ints[1:], tuple(files), skipped)
+        return cls(
+            _ints(n), np.frombuffer(user, np.float64), np.frombuffer(square, np.float64), _ints(row), _ints(turn),
+            _ints(conversation), _ints(message), _ints(file), _ints(number), tuple(files), skipped,
+        )
 
     def ids(self, unit: Unit) -> Ints:
         """int64 [P]: the unit that a piece is of."""
@@ -145,7 +151,7 @@ class Table:
 
     def tokens(self, unit: Unit) -> Floats:
         """float64 [units]: trained tokens."""
-        return np.bincount(self.ids(unit), self.n)
+        return _sums(self.ids(unit), self.n)
 
     def where(self, unit: Unit, index: int) -> str:
         """``file:row``, and of a turn its message."""
@@ -157,6 +163,15 @@ class Table:
     def counts(self) -> dict[str, int]:
         return {"conversations": len(self.file), "turns": len(self.message), "rows": int(self.row.max()) + 1,
                 "trained_tokens": int(self.n.sum()), "files": len(self.files), "untrained_conversations": self.skipped}
+
+
+def _ints(values: array[int]) -> Ints:
+    return np.frombuffer(values, np.int64)
+
+
+def _sums(ids: Ints, values: npt.NDArray[Any]) -> Floats:
+    """float64 [ids that occur or are smaller]."""
+    return np.bincount(ids, values).astype(np.float64, copy=False)
 
 
 def _pieces(sample: Sample) -> dict[int, tuple[int, float, float]]:
@@ -174,72 +189,63 @@ def _pieces(sample: Sample) -> dict[int, tuple[int, float, float]]:
     return pieces
 
 
-@dataclass(frozen=True, slots=True)
-class _Scheme:
-    """One way to weigh. `shares` has its name and kind, the rest still empty; `weights` makes w, float64 [P]."""
-
-    shares: Shares
-    weights: Callable[[], Floats]
-    denominator: float
+def _rows(table: Table, rows: str) -> Ints:
+    """int64 [P]: the row of a piece in that format; rows are numbered in the order of the data."""
+    return table.row if rows == "encoded" else table.ids("turn" if rows == "A" else "conversation")
 
 
-def _reduction(table: Table, name: str) -> _Scheme:
-    reduction = Reduction.parse(name)
-    of = table.ids(reduction.unit)
-    with np.errstate(all="ignore"):  # too large or small a power is told where the weights are summed
-        w, z = FORMS[reduction.form](table.tokens(reduction.unit), reduction.number)
-        return _Scheme(Shares(name, "reduction"), lambda: w[of], float(z.sum()))
-
-
-def _mistaken(
-    table: Table, micro_rows: Sequence[int], ranks: Sequence[int], seed: int, step_rows: int
-) -> Iterator[_Scheme]:
-    formats = {"A": table.turn, "B": table.ids("conversation"), "encoded": table.row}
-    for i, (rows, of) in enumerate(formats.items()):
-        if any(np.array_equal(of, other) for other in list(formats.values())[:i]):
+def _mistaken(table: Table, micro_rows: Sequence[int], ranks: Sequence[int], step_rows: int) -> Iterator[Shares]:
+    """The ways to be mistaken: names and kinds, the rest of `Shares` still empty."""
+    known: list[Ints] = []
+    for rows in ("A", "B", "encoded"):
+        of = _rows(table, rows)
+        if any(np.array_equal(of, other) for other in known):
             continue
-        count = int(of.max()) + 1
-        for size in dict.fromkeys(micro_rows):
-            shares = Shares(f"{rows}: means of {size} row{'s' * (size != 1)}", "micro_batch_means", rows, size)
-            at = np.arange(count) // size
-            yield from _in_orders(table, shares, of, at, int(at[-1]) + 1, seed)
-        step, place = np.divmod(np.arange(count), step_rows)
-        for size in dict.fromkeys(ranks):
-            shares = Shares(f"{rows}: means of {size} rank{'s' * (size != 1)}", "rank_means", rows, size)
-            yield from _in_orders(table, shares, of, step * size + place % size, size, seed)
+        known.append(of)
+        sizes = [(f"{n} row{'s' * (n != 1)}", "micro_batch_means", n) for n in dict.fromkeys(micro_rows)]
+        sizes += [(f"{n} rank{'s' * (n != 1)}", "rank_means", n) for n in dict.fromkeys(ranks)]
+        for words, kind, size in sizes:
+            way = Shares(f"{rows}: means of {words}", cast(Kind, kind), rows, size)
+            group, per_step = _groups(way, int(of.max()) + 1, step_rows)
+            groups = len(np.unique(group))
+            if groups == 1 or (groups == len(group) and groups <= per_step):
+                yield way
+            else:
+                yield replace(way, order="data")
+                yield replace(way, name=f"{way.name}, shuffled", order="shuffled")
 
 
-def _in_orders(
-    table: Table, shares: Shares, rows: Ints, group_at: Ints, per_step: int, seed: int
-) -> Iterator[_Scheme]:
-    """Means of groups of rows. `rows` [P] are ids, `group_at` the group of every place, `per_step` groups a step."""
-    groups = len(np.unique(group_at))
-    whatever = groups == 1 or (groups == len(group_at) and groups <= per_step)
-    for order in ("",) if whatever else ("data", "shuffled"):
-        group = group_at
-        if order == "shuffled":
-            group = np.empty_like(group_at)
-            group[epoch_order(len(group_at), seed, 0)] = group_at
-        name = f"{shares.name}, shuffled" if order == "shuffled" else shares.name
-        weights = _group_means(table, group[rows], per_step)
-        yield _Scheme(replace(shares, name=name, order=order), weights, float(table.n.sum()))
+def _groups(way: Shares, count: int, step_rows: int) -> tuple[Ints, int]:
+    """(the group of each of so many places in the order of rows, groups in a step)."""
+    place = np.arange(count)
+    if way.kind == "micro_batch_means":
+        return place // way.size, -(-count // way.size)
+    return place // step_rows * way.size + place % step_rows % way.size, way.size
 
 
-def _group_means(table: Table, group: Ints, per_step: int) -> Callable[[], Floats]:
-    """In a step of N tokens whose G groups have n each, a token weighs N / (G n) instead of 1."""
-
-    def weights() -> Floats:
-        n = np.bincount(group, table.n)
-        step = np.arange(len(n)) // per_step
-        tokens, groups = np.bincount(step, n), np.bincount(step, n > 0)
-        w = tokens[step] / (groups[step] * np.maximum(n, 1.0))  # nobody asks for the weight in a rank without rows
-        return w[group]
-
-    return weights
+def _weights(table: Table, way: Shares, seed: int, step_rows: int) -> tuple[Floats, float]:
+    """w, float64 [P], and Z."""
+    if way.kind == "reduction":
+        reduction = Reduction.parse(way.name)
+        with np.errstate(all="ignore"):  # too large or small a power is told where the weights are summed
+            w, z = FORMS[reduction.form](table.tokens(reduction.unit), reduction.number)
+            return w[table.ids(reduction.unit)], float(z.sum())
+    rows = _rows(table, way.rows)
+    group_at, per_step = _groups(way, int(rows.max()) + 1, step_rows)
+    group = group_at
+    if way.order == "shuffled":
+        group = np.empty_like(group_at)
+        group[epoch_order(len(group_at), seed, 0)] = group_at
+    # In a step of N tokens, of whose G groups one has n, a token of that one weighs N / (G n) instead of 1.
+    n = _sums(group[rows], table.n)
+    step = np.arange(len(n)) // per_step
+    tokens, groups = _sums(step, n), _sums(step, n > 0)
+    w = tokens[step] / (groups[step] * np.maximum(n, 1.0))  # nobody asks for the weight in a rank without rows
+    return w[group[rows]], float(table.n.sum())
 
 
 class _Measured:
-    """What the schemes have in common: the tenths of the units, and what everything gets under `token`."""
+    """What all ways have in common: the tenths of the units, and what everything gets under `token`."""
 
     def __init__(self, table: Table) -> None:
         self.table = table
@@ -247,38 +253,39 @@ class _Measured:
         self.tenths = {unit: _tenths(self.lengths[unit]) for unit in UNITS}
         ones = np.ones(len(table.n))
         self.token = {unit: self.unit_shares(ones, unit) for unit in UNITS}
-        self.token_tenths = {unit: np.bincount(self.tenths[unit], self.token[unit]) for unit in UNITS}
+        self.token_tenths = {unit: _sums(self.tenths[unit], self.token[unit]) for unit in UNITS}
 
     def unit_shares(self, w: Floats, unit: Unit) -> Floats:
         """float64 [units], sum 1."""
-        sums = np.bincount(self.table.ids(unit), self.table.user * w)
-        return sums / sums.sum()
+        sums = _sums(self.table.ids(unit), self.table.user * w)
+        sums /= sums.sum()
+        return sums
 
-    def relative(self, w: Floats, name: str) -> Floats:
+    def relative(self, w: Floats, z: float, name: str) -> Floats:
         """float64 [P]: how many times the weight of a token is what it is under `token`."""
         with np.errstate(all="ignore"):
             total = float((self.table.user * w).sum())
-        if not (math.isfinite(total) and total > 0):
+        if not (0 < total < math.inf and 0 < z < math.inf):
             raise RecipeError(
                 f"the weights under {name!r} are too large or too small for numbers", where="loss.reduction",
                 hint="use a power nearer to 0",
             )
-        return w * (self.table.user.sum() / total)
+        return w * (float(self.table.user.sum()) / total)
 
-    def shares(self, scheme: _Scheme, w: Floats, relative: Floats) -> Shares:
+    def shares(self, way: Shares, w: Floats, z: float, relative: Floats) -> Shares:
         table = self.table
         units = {unit: self.unit_shares(w, unit) for unit in UNITS}
-        tenths = {unit: np.bincount(self.tenths[unit], units[unit]) for unit in UNITS}
-        tokens = float((table.user * w).sum() ** 2 / (table.square * w * w).sum())
+        tenths = {unit: _sums(self.tenths[unit], units[unit]) for unit in UNITS}
+        total = float((table.user * w).sum())
         movers = {unit: units[unit] - self.token[unit] for unit in UNITS}
         return replace(
-            scheme.shares,
-            scale=math.fsum(table.user * w) / scheme.denominator, factor=float(table.user.sum() / (table.user * w).sum()),
+            way, scale=total / z, factor=float(table.user.sum()) / total,
             lowest=float(relative.min()), highest=float(relative.max()),
-            effective={**{unit: float(1 / (units[unit] ** 2).sum()) for unit in UNITS}, "token": tokens},
+            effective={**{unit: float(1 / (units[unit] ** 2).sum()) for unit in UNITS},
+                       "token": float(table.user.sum() ** 2 / (table.square * relative**2).sum())},
             deciles={unit: tuple(tenths[unit].tolist()) for unit in UNITS},
             short_to_long={unit: self._short_to_long(tenths[unit], unit) for unit in UNITS},
-            files=tuple(np.bincount(table.file, units["conversation"]).tolist()),
+            files=tuple(_sums(table.file, units["conversation"]).tolist()),
             gain={unit: self._movers(movers[unit], units[unit], unit) for unit in UNITS},
             lose={unit: self._movers(-movers[unit], units[unit], unit) for unit in UNITS},
         )
@@ -307,7 +314,7 @@ class _Measured:
         table = self.table
         chats = np.bincount(table.file)
         turns = np.bincount(table.file[table.conversation])
-        tokens = np.bincount(table.file, self.lengths["conversation"])
+        tokens = _sums(table.file, self.lengths["conversation"])
         return tuple(FilePart(name, int(chats[i]), int(turns[i]), int(tokens[i]), float(tokens[i] / tokens.sum()))
                      for i, name in enumerate(table.files))
 

@@ -6,113 +6,33 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from chatloss.compare_shares import FilePart, Mover, Part, Shares
 from chatloss.findings import Line, Lines, inline, plural
 from chatloss.page import Section
 from chatloss.reduction import UNITS, Reduction, Unit
 from chatloss.sample import Sample
 
-__all__ = ["CompareReport", "FilePart", "Mover", "Part", "Shares"]
+__all__ = ["CompareReport"]
 
 Floats = npt.NDArray[np.float64]
-Kind = Literal["reduction", "micro_batch_means", "rank_means"]
 
 ASSUMPTION = (
-    "A share of the loss is a part of the sum of |u·w|/Z over all trained tokens: it assumes that each has the same nll, "
-    "and one optimiser step over all of the data."
+    "A share of the loss is a part of the sum of |u·w|/Z over all trained tokens: it assumes that each has the same "
+    "nll, and one optimiser step over all of the data."
 )
 MISTAKEN = (
-    "Not reductions, but what many trainers compute: each micro-batch, or each rank of a step of {} rows, divides by its "
-    "own trained tokens, and the means count the same, however few those are. What a token weighs then depends on the "
-    "rows beside it."
+    "Not reductions, but what many trainers compute: each micro-batch, or each rank of a step of {} rows, divides by "
+    "its own trained tokens, and the means count the same, however few those are. What a token weighs then depends on "
+    "the rows beside it."
 )
 FORMATS = {"A": "A: a turn a row", "B": "B: a chat a row", "encoded": "rows as encoded"}
 _NAME, _CELL, _LAST = 22, 5, 8
 _FILES = 9
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A tenth of the units, by length: from `low` to `high` trained tokens, and its share of all trained tokens."""
-
-    low: int
-    high: int
-    units: int
-    tokens: int
-    token_share: float
-
-
-@dataclass(frozen=True, slots=True)
-class FilePart:
-    """A source file, and its share of all trained tokens."""
-
-    file: str
-    conversations: int
-    turns: int
-    tokens: int
-    token_share: float
-
-
-@dataclass(frozen=True, slots=True)
-class Mover:
-    """A turn or conversation that gets another share of the loss than under `token`."""
-
-    where: str
-    tokens: int
-    share: float
-    share_under_token: float
-
-
-@dataclass(frozen=True, slots=True)
-class Shares:
-    """Who gets what under one way to weigh tokens; all shares sum to 1.
-
-    `rows` is "A", "B" or "encoded" for a mistaken `kind`, `size` the rows of its micro-batches or its ranks, `order`
-    "data" or "shuffled" ("" where it makes no difference). `same_as` names an earlier reduction with the same shares.
-    `scale` is the loss if every nll is 1. `lowest` and `highest` are what a trained token weighs, user weights apart, in
-    units of what it weighs under `token`; `factor` turns w into these. `effective` is the number of equal turns,
-    conversations and tokens that would be as uneven: (sum s)^2 / sum s^2 (Kish). `deciles` are shares by length,
-    shortest first, and `short_to_long` is the weight of a token in the first of them over one in the last. `files` are
-    in the order of `CompareReport.files`. `gain` and `lose` differ most in share from `token`.
-    """
-
-    name: str
-    kind: Kind
-    rows: str = ""
-    size: int = 0
-    order: str = ""
-    same_as: str = ""
-    scale: float = 1.0
-    factor: float = 1.0
-    lowest: float = 1.0
-    highest: float = 1.0
-    effective: Mapping[str, float] = field(default_factory=dict)
-    deciles: Mapping[Unit, tuple[float, ...]] = field(default_factory=dict)
-    short_to_long: Mapping[Unit, float] = field(default_factory=dict)
-    files: tuple[float, ...] = ()
-    gain: Mapping[Unit, tuple[Mover, ...]] = field(default_factory=dict)
-    lose: Mapping[Unit, tuple[Mover, ...]] = field(default_factory=dict)
-
-    @property
-    def spread(self) -> float:
-        """How many times the weight of one trained token is that of another, at most; user weights apart."""
-        return self.highest / self.lowest if self.lowest else math.inf
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; a ratio beyond all numbers is None."""
-        return {
-            "name": self.name, "kind": self.kind, "row_format": self.rows, "size": self.size, "order": self.order,
-            "same_as": self.same_as, "scale": self.scale, "lowest": self.lowest, "highest": self.highest,
-            "spread": _finite(self.spread), "effective": dict(self.effective),
-            "deciles": {unit: list(self.deciles[unit]) for unit in UNITS},
-            "short_to_long": {unit: _finite(self.short_to_long[unit]) for unit in UNITS}, "files": list(self.files),
-            "gain": {unit: [_plain(mover) for mover in self.gain[unit]] for unit in UNITS},
-            "lose": {unit: [_plain(mover) for mover in self.lose[unit]] for unit in UNITS},
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +70,8 @@ class CompareReport:
         """Plain JSON values with stable keys: what `chatloss compare --json` prints."""
         return {
             "assumption": ASSUMPTION, **self.counts, "seed": self.seed, "step_rows": self.step_rows,
-            "deciles": {unit: [_plain(part) for part in self.parts[unit]] for unit in UNITS},
-            "files_by_name": [_plain(part) for part in self.files],
+            "deciles": {unit: [part.to_dict() for part in self.parts[unit]] for unit in UNITS},
+            "files_by_name": [part.to_dict() for part in self.files],
             "reductions": [shares.to_dict() for shares in self.reductions],
             "mistaken": [shares.to_dict() for shares in self.mistaken],
         }
@@ -190,6 +110,9 @@ class CompareReport:
 
     def _formats(self) -> list[str]:
         return list(dict.fromkeys(shares.rows for shares in self.mistaken))
+
+    def _format(self, rows: str) -> str:
+        return "A = B: a turn a row" if rows == "A" and "B" not in self._formats() else FORMATS[rows]
 
     def _units(self) -> list[Unit]:
         """Turns, and conversations where these are something else."""
@@ -242,8 +165,8 @@ class CompareReport:
         for shares in [*self._distinct(), *means]:
             cells = [_percent(share) for share in shares.deciles[unit]]
             lines.append(_row(shares.name.removesuffix(", shuffled"), cells, _times(shares.short_to_long[unit])))
-        notes = ["ratio: weight of a token in the first column over one in the last."]
-        notes += [f"{FORMATS[rows]}, shuffled; the means are mistaken, see below."] * bool(means)
+        notes = [_ABOUT_RATIO]
+        notes += [f"{self._format(rows)}, shuffled; the means are mistaken, see below."] * bool(means)
         alike = [*(self.reductions if unit == "turn" else ()), *self._means(rows, "shuffled")]
         return [*lines, *(Line(text=text) for text in (*notes, *self._same(alike)))]
 
@@ -270,7 +193,7 @@ class CompareReport:
 
     def _mistaken_table(self) -> list[list[str]]:
         formats = self._formats()
-        table = [["", *(name for rows in formats for name in (FORMATS[rows], ""))],
+        table = [["", *(name for rows in formats for name in (self._format(rows), ""))],
                  ["spread", *("in order", "shuffled") * len(formats)]]
         columns = [self._means(rows, order) for rows in formats for order in ("data", "shuffled")]
         for same in zip(*columns, strict=True):
@@ -283,10 +206,11 @@ class CompareReport:
         short = self._short_names()
         lines: list[Line] = []
         for shares in moved:
-            title = f"The {unit}s that gain and lose most under `{shares.name}`: share under token → here"
+            title = f"The {unit}s that gain and lose most under `{shares.name}`: % under token → here"
             lines += [Line(), Line(text=title, style="bold")]
             for sign, movers in (("+", shares.gain[unit]), ("-", shares.lose[unit])):
-                lines += [Line(((f"{sign} {_mover(mover)}  ", ""),), _shortened(mover.where, short)) for mover in movers]
+                for mover in movers:
+                    lines.append(Line(((f"{sign} {_mover(mover)}  ", ""),), _shortened(mover.where, short)))
         return lines
 
     def _file_lines(self) -> list[Line]:
@@ -295,8 +219,8 @@ class CompareReport:
         shown, rest = order[:_FILES], order[_FILES:]
         lines = [Line(text="Share of the loss in %, by source file", style="bold")]
         for number, i in enumerate(shown, 1):
-            part = self.files[i]
-            lines.append(Line(((f"  [{number}] ", ""),), f"{_shortened(part.file, short) or '(unnamed)'}: {_holds(part)}"))
+            name = _shortened(self.files[i].file, short) or "(unnamed)"
+            lines.append(Line(((f"  [{number}] ", ""),), f"{name}: {_holds(self.files[i])}"))
         if rest:
             lines.append(Line(text=f"  [+] {plural(len(rest), 'more file')}"))
 
@@ -305,45 +229,56 @@ class CompareReport:
             return [_percent(value) for value in (*(values[i] for i in shown), *more)]
 
         heads = [*(f"[{number}]" for number in range(1, len(shown) + 1)), *(["[+]"] if rest else [])]
-        lines += [_row("", heads, ""), _row("share of the tokens", cells([part.token_share for part in self.files]), "")]
+        tokens = cells([part.token_share for part in self.files])
+        lines += [_row("", heads, ""), _row("share of the tokens", tokens, "")]
         return lines + [_row(shares.name, cells(shares.files), "") for shares in self._distinct()]
 
     # -- the page --------------------------------------------------------------------------------------------------
 
     def sections(self) -> list[Section]:
         """Tables and curves for `page.page(sections=...)`."""
-        out = [Section("Weight of one trained token", f"{ASSUMPTION} {_ABOUT_WEIGHTS}", self._weight_table())]
-        for unit in self._units():
-            parts = self.parts[unit]
-            head = ["share of the loss in %", *(_range(part) for part in parts), "ratio"]
-            table = [head, ["share of the tokens", *(_percent(part.token_share) for part in parts), ""]]
-            for shares in self.shares:
-                if not shares.same_as:
-                    cells = [_percent(share) for share in shares.deciles[unit]]
-                    table.append([shares.name, *cells, _times(shares.short_to_long[unit])])
-            text = " ".join([f"The {unit}s by trained tokens, from short to long. ratio: weight of a token in the first "
-                             "column over one in the last.", *self._same(self.shares)])
-            out.append(Section(f"Share of the loss by length of the {unit}", text, table))
+        out = [Section("Weight of one trained token", f"{ASSUMPTION}\n{_ABOUT_WEIGHTS}", self._weight_table())]
+        out += [self._lengths_section(unit) for unit in self._units()]
         if self.mistaken:
             head, orders, *body = self._mistaken_table()
             columns = [f"{a or b}, {order}" for a, b, order in zip(head[1:], head[:-1], orders[1:], strict=True)]
-            out.append(Section("Means of means", f"{MISTAKEN.format(self.step_rows)} {_ABOUT_SPREAD}", [["spread", *columns], *body]))
-        for unit in self._units():
-            movers = [[shares.name, sign, mover.where, f"{mover.tokens:,}", _percent(mover.share_under_token, 3),
-                       _percent(mover.share, 3)]
-                      for shares in self._distinct() for sign, movers in (("gains", shares.gain[unit]),
-                                                                         ("loses", shares.lose[unit]))
-                      for mover in movers]
-            if movers:
-                head = ["reduction", "", unit, "trained tokens", "% under token", "% here"]
-                out.append(Section(f"The {unit}s that gain and lose most", "", [head, *movers]))
+            text = f"{MISTAKEN.format(self.step_rows)}\n{_ABOUT_SPREAD}"
+            out.append(Section("Means of means", text, [["spread", *columns], *body]))
+        out += [self._movers_section(unit) for unit in self._units()]
         if len(self.files) > 1:
-            names = [shares.name for shares in self._distinct()]
-            rows = [[part.file, _holds(part), _percent(part.token_share),
-                     *(_percent(shares.files[i]) for shares in self._distinct())] for i, part in enumerate(self.files)]
-            head = ["file", "", "share of the tokens", *names]
-            out.append(Section("Share of the loss in %, by source file", "", [head, *rows]))
+            out.append(self._files_section())
         return [*out, *(self._curve(shares) for shares in self._distinct())]
+
+    def _lengths_section(self, unit: Unit) -> Section:
+        parts = self.parts[unit]
+        formats = [rows for rows in self._formats() if rows != ("B" if unit == "turn" else "A")] or self._formats()
+        means = [shares for rows in formats for shares in self._means(rows, "shuffled")]
+        head = ["share of the loss in %", *(_range(part) for part in parts), "ratio, first over last"]
+        table = [head, ["share of the tokens", *(_percent(part.token_share) for part in parts), ""]]
+        for shares in [*self._distinct(), *(shares for shares in means if not shares.same_as)]:
+            cells = [_percent(share) for share in shares.deciles[unit]]
+            table.append([shares.name.removesuffix(", shuffled"), *cells, _number(shares.short_to_long[unit])])
+        notes = [f"The {unit}s by trained tokens, from short to long. {_ABOUT_RATIO}"]
+        notes += [f"{self._format(rows)}, shuffled; the means are mistaken, see below." for rows in formats]
+        text = "\n".join([*notes, *self._same([*self.reductions, *means])])
+        return Section(f"Share of the loss by length of the {unit}", text, table)
+
+    def _movers_section(self, unit: Unit) -> Section:
+        short = self._short_names()
+        table = [["reduction", "gains or loses", unit, "trained tokens", "% of the loss under token", "% of it here"]]
+        for shares in self._distinct():
+            for what, movers in (("gains", shares.gain[unit]), ("loses", shares.lose[unit])):
+                table += [[shares.name, what, _shortened(mover.where, short), f"{mover.tokens:,}",
+                           _percent(mover.share_under_token, 3), _percent(mover.share, 3)] for mover in movers]
+        return Section(f"The {unit}s that gain and lose most", table=table)
+
+    def _files_section(self) -> Section:
+        distinct = self._distinct()
+        table = [["file", "holds", "share of the tokens", *(shares.name for shares in distinct)]]
+        for i, part in enumerate(self.files):
+            cells = [_percent(share) for share in (part.token_share, *(shares.files[i] for shares in distinct))]
+            table.append([part.file, _holds(part), *cells])
+        return Section("Share of the loss in %, by source file", table=table)
 
     def _curve(self, shares: Shares) -> Section:
         units = np.cumsum([0, *(part.units for part in self.parts["turn"])])
@@ -354,9 +289,10 @@ class CompareReport:
 
 
 _ABOUT_WEIGHTS = (
-    "spread: highest over lowest. eff.: how many equal turns, and tokens, would carry the loss as evenly (Kish). scale: "
-    "the loss if every nll is 1, which learning rate and clipping see."
+    "spread: highest over lowest. eff.: how many equal turns, and tokens, would carry the loss as evenly (Kish). "
+    "scale: the loss if every nll is 1, which learning rate and clipping see."
 )
+_ABOUT_RATIO = "ratio: weight of a token in the first column over one in the last."
 _ABOUT_SPREAD = "spread: weight of the heaviest trained token over the lightest; 1× is right."
 
 
@@ -381,7 +317,7 @@ def _range(part: Part) -> str:
 
 def _mover(mover: Mover) -> str:
     times = _times(mover.share / mover.share_under_token)
-    shares = f"{_percent(mover.share_under_token, 2):>6}% → {_percent(mover.share, 2):>5}%"
+    shares = f"{_percent(mover.share_under_token, 2):>5} → {_percent(mover.share, 2):>5}"
     return f"{shares} {times:>7} {_short(mover.tokens):>5} tok"
 
 
@@ -424,11 +360,3 @@ def _times(value: float) -> str:
     ('1×', '99×', '∞×')
     """
     return f"{_number(value)}×"
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _plain(item: Part | FilePart | Mover) -> dict[str, Any]:
-    return {name: getattr(item, name) for name in item.__dataclass_fields__}

@@ -19,7 +19,7 @@ ASSETS = Path(__file__).parent / "assets" / "demo"
 
 
 def tokenizer_directory() -> Path:
-    """The directory of the built-in tokenizer: a byte-level BPE of 4,096 tokens with a ChatML-like template."""
+    """The directory of the built-in tokenizer: a byte-level BPE of 2,266 tokens with a ChatML-like template."""
     return ASSETS / "tokenizer"
 
 
@@ -142,7 +142,7 @@ def _answers(metrics: Path, count: int) -> tuple[list[str], list[str]]:
 
 def _short(text: str) -> str:
     plain = " ".join(text.replace("<|im_end|>", " ⏹").split())
-    return plain if len(plain) <= 100 else plain[:99] + "…"
+    return plain if len(plain) <= 60 else plain[:59] + "…"
 
 
 def _write_report(
@@ -158,5 +158,5 @@ def _write_report(
         Section("Loss per trained token", f"{curve[0][1]:.2f} at the start, {curve[-1][1]:.2f} at the end.", (), curve),
         Section("Questions the model has not seen", "Greedy answers before and after training.", table),
     ]
-    write_page(path, report.samples, title="chatloss demo", decode=encoder.decode, sections=sections,
-               findings=report.findings_for_page())
+    write_page(path, report.samples, title="chatloss demo", decode=encoder.decode, roles=report.roles,
+               summary=report.summary_for_page(), sections=sections, findings=report.findings_for_page())

@@ -176,8 +176,9 @@ class ChatEncoder:
             if made is not None:
                 ready.append(made)
             else:
-                untrained[turn.index] = turn.outcome
+                untrained[turn.index] = "missing_stop" if turn.outcome == "reachable" else turn.outcome
         if any(problem.cause == "control_tokens" and problem.fatal for problem in problems):
+            untrained.update({t.turn.index: "control_tokens" for t in ready})
             ready = []  # what such text would become in the row is nobody's wish
         groups = group(ready, self.policy.row_format)
         unlawful: list[int] = []

@@ -18,6 +18,7 @@ from chatloss.batch import Document, MicroBatch
 from chatloss.config import Recipe
 from chatloss.errors import RecipeError
 from chatloss.loss.model import TokenLoss
+from chatloss.parallel import inspecting
 from chatloss.step import tensors
 
 __all__ = ["PureFloat64", "caveats", "head_difference", "isolation_difference", "load_model", "plain_experts"]
@@ -110,7 +111,6 @@ def _with_lora(model: Any, recipe: Recipe, checkpoint: Path | None) -> Any:
         raise RecipeError(str(error).splitlines()[0], where="lora.targets", hint="names of linear layers") from None
 
 
-@torch.no_grad()
 def head_difference(model: Any, input_ids: Sequence[int]) -> str:
     """Why the logits of this model are not ``head(hidden states)``; "" if they are.
 
@@ -121,10 +121,8 @@ def head_difference(model: Any, input_ids: Sequence[int]) -> str:
     if type(head) is not nn.Linear:
         return f"its head is {type(head).__name__}, not a plain linear layer"
     ids = torch.tensor([list(input_ids)], device=head.weight.device)
-    was_training = model.training
-    model.eval()
     scale = 1.0
-    try:
+    with inspecting(model):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         for _ in range(2):
             handle = head.register_forward_pre_hook(lambda _, args, by=scale: (args[0] * by, *args[1:]))
@@ -136,12 +134,9 @@ def head_difference(model: Any, input_ids: Sequence[int]) -> str:
             if logits.shape != expected.shape or not _same(logits, expected):
                 return "its logits are not the linear head of its last hidden states (scaled or soft-capped?)"
             scale = 100.0 / max(float(expected.abs().max()), 1e-6)
-    finally:
-        model.train(was_training)
     return ""
 
 
-@torch.no_grad()
 def isolation_difference(loss: TokenLoss, documents: Sequence[Document], module: nn.Module | None = None) -> str:
     """Why documents in one pack are not isolated from each other in this model; "" if they are.
 
@@ -157,17 +152,13 @@ def isolation_difference(loss: TokenLoss, documents: Sequence[Document], module:
     other = replace(middle, input_ids=(middle.input_ids[::-1] * 7 + 3) % vocabulary)
     twice = [np.concatenate([array, array]) for array in (other.input_ids, other.target_ids, other.weights)]
     longer = Document(twice[0], twice[1], twice[2], other.row)
-    was_training = loss.training
-    loss.eval()
-    try:
+    with inspecting(module or loss):
         alone = [_states(loss, [part], module)[0] for part in (first, last)]
         for name, pack in (("", [first, middle, last]), ("content", [first, other, last]),
                            ("length", [first, longer, last])):
             states = _states(loss, pack, module)
             if not all(_same(a, b) for a, b in zip(alone, (states[0], states[2]), strict=True)):
                 return f"a neighbour's {name} changes it" if name else "a document computes differently beside others"
-    finally:
-        loss.train(was_training)
     return ""
 
 

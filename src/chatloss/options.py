@@ -88,8 +88,8 @@ def reading_options(function: F) -> F:
     def collected(**given: Any) -> Any:
         policy = {name: given.pop(name) for name in CHOICES}
         policy |= {"roles": given.pop("role"), "parts": given.pop("part"), "spans": _spans(given.pop("span"))}
-        policy |= {"max_length": given.pop("max_length"), "splice_format": given.pop("splice_format")}
-        chosen = {name: value for name, value in policy.items() if value not in (None, ())}
+        policy |= {"max_length": given.pop("max_length"), "splice_format": _unescape(given.pop("splice_format") or "")}
+        chosen = {name: value for name, value in policy.items() if value not in (None, (), "")}
         names = {entry.name for entry in fields(Source)} - {"policy", "template_kwargs"}
         kwargs = _json_object(given.pop("template_kwargs"), "--template-kwargs")
         own = {name: given.pop(name) for name in list(given) if name in names}

@@ -15,7 +15,7 @@ from torch import nn
 
 from chatloss.errors import RecipeError
 
-__all__ = ["World", "join_world"]
+__all__ = ["World", "gradient_scale", "inspecting", "join_world", "unsynchronised"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,25 @@ def unsynchronised(module: nn.Module, last: bool) -> AbstractContextManager[Any]
     if not last and isinstance(module, nn.parallel.DistributedDataParallel):
         return module.no_sync()
     return nullcontext()
+
+
+@contextmanager
+def inspecting(module: nn.Module) -> Iterator[None]:
+    """No gradients, no dropout; afterwards the module is as it was, and sharded again if it was sharded.
+
+    FSDP2 leaves the root's parameters gathered after a forward pass without a backward pass. Whoever then asks for
+    `parameters()` gets the gathered copies: an optimiser made of them would never move the model.
+    """
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(was_training)
+        parts: list[Any] = [part for part in module.modules() if hasattr(part, "reshard")]
+        for part in parts:
+            part.reshard()
 
 
 @contextmanager

@@ -20,6 +20,10 @@ from chatloss.tokens import Ids, Tokens, boundary_is_clean
 
 __all__ = ["TurnIds", "group", "sample", "turn_ids"]
 
+_FIELDS = (Reason.CONTENT, Reason.REASONING, Reason.CALL)
+# No token is longer, in characters (where a tokenizer tells no offsets).
+_REACH = 256
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TurnIds:
@@ -41,19 +45,35 @@ class TurnIds:
         """The index of the first token that starts at or after character `char` of `text`."""
         if self.starts is not None:
             return int(np.searchsorted(self.starts, char, side="left"))
-        prompt = len(self.turn.prompt)
-        if self.joined or char <= prompt:
-            return min(_shared(self.tokens.encode(self.text[:char]).ids, self.ids), len(self.ids))
-        tail = self.tokens.encode_segment(self.text[prompt:char]).ids
-        return self.context + _shared(tail, self.ids[self.context :])
+        return self._search(char)[0]
 
     def token_over(self, char: int) -> int:
         """The index of the first token that holds any of character `char` of `text`."""
         if self.starts is None:
-            return self.token_at(char)
+            token, start = self._search(char)
+            return token if start == char else max(token - 1, 0)
         at = int(np.searchsorted(self.starts, char, side="right")) - 1
         # Byte-split characters give several tokens the same start.
         return int(np.searchsorted(self.starts, self.starts[max(at, 0)], side="left"))
+
+    def _search(self, char: int) -> tuple[int, int]:
+        """(first token that starts at or after `char`, where it starts), without offsets.
+
+        A token starts where the text before it, or the text from it on, has the same ids alone.
+        """
+        prompt = len(self.turn.prompt)
+        for at in range(char, min(char + _REACH, len(self.text))):
+            if self.joined or at <= prompt:
+                before = self.tokens.encode(self.text[:at]).ids
+            else:
+                segment = self.tokens.encode_segment(self.text[prompt:at]).ids
+                before = np.concatenate([self.ids[: self.context], segment])
+            if np.array_equal(self.ids[: len(before)], before):
+                return len(before), at
+            behind = self.tokens.encode_segment(self.text[at:]).ids
+            if len(behind) and np.array_equal(self.ids[-len(behind) :], behind):
+                return len(self.ids) - len(behind), at
+        return len(self.ids), len(self.text)
 
 
 def turn_ids(tokens: Tokens, turn: Turn, *, apart: bool = False) -> TurnIds:
@@ -77,12 +97,6 @@ def turn_ids(tokens: Tokens, turn: Turn, *, apart: bool = False) -> TurnIds:
             hint="please report this tokenizer; leave the turn out with train: false", kind="boundary",
         )
     return TurnIds(turn, text, ids, n, starts, False, tokens)
-
-
-def _shared(a: Ids, b: Ids) -> int:
-    size = min(len(a), len(b))
-    differing = np.flatnonzero(a[:size] != b[:size])
-    return int(differing[0]) if len(differing) else size
 
 
 def group(turns: Sequence[TurnIds], row_format: str) -> list[list[TurnIds]]:
@@ -120,7 +134,7 @@ def sample(
         if isinstance(found, Missing):
             found = present(base.text[:end], fields_of(messages[i]), start)
         for a, b, _ in found:
-            reason[base.token_at(a) : base.token_at(b)] = _why_not(messages[i], i, status, policy)
+            reason[base.token_over(a) : base.token_at(b)] = _why_not(messages[i], i, status, policy)
         prompt, plain = rendering.prompt(i), rendering.text(i)
         if prompt is not None and plain is not None and prompt != plain and base.text.startswith(prompt):
             reason[base.token_at(len(plain)) : base.token_at(len(prompt))] = Reason.GENERATION_PROMPT
@@ -162,8 +176,10 @@ def _paint(
     """Write a turn's targets into the row. `at`: where its target begins in its text."""
     end = len(member.ids)
     message[member.context : end] = member.turn.index
-    for a, b, why in member.turn.spans:
-        first, last = max(member.token_at(at + a), member.context), member.token_at(at + b)
+    # A token that holds any of a field is the field's, and of two fields the first one's.
+    for a, b, why in sorted(member.turn.spans, key=lambda span: (span[2] in _FIELDS, -span[0])):
+        first = member.token_over(at + a) if why in _FIELDS else member.token_at(at + a)
+        first, last = max(first, member.context), member.token_at(at + b)
         reason[first:last] = why
         weight[first:last] = _weight(why, data, policy)
     if policy.spans:
@@ -174,11 +190,11 @@ def _paint(
 
 def _paint_patterns(member: TurnIds, policy: Policy, at: int, weight: npt.NDArray[np.float32]) -> None:
     for a, b, why in member.turn.spans:
-        if why not in (Reason.CONTENT, Reason.REASONING, Reason.CALL):
+        if why not in _FIELDS:
             continue
         part = member.text[at + a : at + b]
         for pattern, factor in policy.spans:
-            for match in re.finditer(pattern, part):
+            for match in (m for m in re.finditer(pattern, part) if m.end() > m.start()):
                 first, last = member.token_over(at + a + match.start()), member.token_at(at + a + match.end())
                 weight[max(first, member.context) : last] = factor
 
@@ -202,7 +218,7 @@ def _paint_where_it_stands(
         return
     end = rendering.stops.end(base.text, found[-1][1]) or found[-1][1]
     for a, b, why in [*found, (found[-1][1], end, Reason.STOP)]:
-        first, last = base.token_at(a), base.token_at(b)
+        first, last = base.token_over(a) if why in _FIELDS else base.token_at(a), base.token_at(b)
         message[first:last], reason[first:last], weight[first:last] = index, why, _weight(why, data, policy)
 
 

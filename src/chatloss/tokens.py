@@ -152,6 +152,9 @@ class CallableTokens:
     def encode(self, text: str) -> Encoded:
         ids = self._encode(text) if text else []
         try:
+            found = np.asarray(ids).reshape(-1)
+            if found.size and found.dtype.kind not in "iu":
+                raise TypeError(f"it holds {found.dtype.name} values")
             return Encoded(np.asarray(ids, dtype=np.int32).reshape(-1))
         except (TypeError, ValueError, OverflowError) as error:
             what = f"the tokenizer returned no list of ids: {error}"

@@ -110,8 +110,8 @@ class _Run:
         whole = getattr(self.loss.inner, "_no_split_modules", None) or ()
         layers = [layer for layer in self.loss.modules() if type(layer).__name__ in whole]
         self.module = world.wrap(self.loss, recipe.run.parallel, layers)
-        self.layout = self._layout()
         self.optimizer = _optimizer(self.loss, recipe.optim)
+        self.layout = self._layout()
         if self.resumed is not None:
             checkpoint.load_optimizer(self.resumed, self.loss, self.optimizer)
         self.logger = None
@@ -339,7 +339,8 @@ def _optimizer(loss: TokenLoss, optim: Optim) -> torch.optim.Optimizer:
     groups = [group for group in groups if group["params"]]
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps)
+    betas = (optim.betas[0], optim.betas[1])
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
 
 
 def _noise_seed(seed: int, step: int, rank: int) -> int:
