@@ -14,11 +14,12 @@ from datetime import datetime
 from itertools import islice
 from multiprocessing import get_context
 
+from tests import assets
+
 from chatloss.encode import ChatEncoder
 from chatloss.errors import ChatlossError
 from chatloss.pipeline import conversations_of
 from chatloss.read import read
-from tests import assets
 
 DATA = ("tools_en", "tools_zh", "dpo_en", "dpo_zh", "kto_en", "reasoning_tools", "weights", "multilingual", "smalltalk",
         "bfcl_calls")

@@ -1,7 +1,7 @@
 """A few optimiser steps on SmolLM2-135M-Instruct: ``python -m benchmarks.real_model``.
 
-Before training it compares the loss of the tokens that our mask trains with that of all others: a model that was trained
-on chats finds answers easier than questions, so a mask that has slipped shows at once.
+Before training it compares the loss of the tokens that our mask trains with that of all others: a model that was
+trained on chats finds answers easier than questions, so a mask that has slipped shows at once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from tests import assets
 from transformers import AutoModelForCausalLM
 
 from chatloss.config import Recipe
@@ -18,7 +19,6 @@ from chatloss.encode import ChatEncoder
 from chatloss.sample import Sample
 from chatloss.sft import encode_files, recipe_encoder, stop_ids, write_tokenizer
 from chatloss.trainer import train
-from tests import assets
 
 
 def losses(directory: Path, rows: list[Sample]) -> tuple[float, float]:

@@ -21,7 +21,8 @@ def render() -> str:
         parts.append(f"## {name}\n\n```text\n{command.get_help(context)}\n```\n")
     parts.append(
         "## Exit codes\n\n| code | meaning |\n| --- | --- |\n| 0 | fine |\n"
-        "| 1 | the data or the recipe is invalid, or a check failed |\n| 2 | the command line is wrong |\n| 3 | an internal error |\n| 130 | interrupted |\n"
+        "| 1 | the data or the recipe is invalid, or a check failed |\n| 2 | the command line is wrong |\n"
+        "| 3 | an internal error |\n| 130 | interrupted |\n"
     )
     return "\n".join(parts)
 

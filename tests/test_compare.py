@@ -109,7 +109,7 @@ def brute_force(data: list[list[Sample]], report: CompareReport, name: str) -> l
     return share
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(examples_of_many_kinds().filter(trains), st.integers(0, 3))
 def test_shares_are_those_of_a_computation_token_by_token(data: list[list[Sample]], seed: int) -> None:
     report = compare(data, micro_rows=(1, 2, 3), ranks=(1, 2, 4), seed=seed, step_rows=5,

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from scripts.cli_docs import PAGE, render
 
 from chatloss.demo import chats_file, tokenizer_directory
-from scripts.cli_docs import PAGE, render
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

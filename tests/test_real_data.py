@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from benchmarks.real_data import DATA, Count, measure
 
 
@@ -30,6 +29,7 @@ def test_a_chat_model_finds_the_trained_tokens_easier_than_the_others() -> None:
     from pathlib import Path
 
     from benchmarks.real_model import _write_chats, losses
+
     from chatloss.encode import ChatEncoder
     from chatloss.read import read
     from tests import assets

@@ -207,6 +207,20 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(tmp_path: Path, monkeypa
     assert (again.model / "model.safetensors").read_bytes() == (whole.model / "model.safetensors").read_bytes()
 
 
+def test_fresh_removes_nothing_before_everything_that_could_be_refused_has_been(tmp_path: Path) -> None:
+    before = run(tmp_path / "a").model.joinpath("model.safetensors").read_bytes()
+    with pytest.raises(RecipeError, match="embeddings"):
+        run(tmp_path / "a", model={**FAMILIES["llama"], "vocab_size": 20}, fresh=True)
+    assert (tmp_path / "a" / "model" / "model.safetensors").read_bytes() == before
+    assert checkpoint.latest(tmp_path / "a" / "checkpoints") is not None
+
+
+def test_an_output_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a file")
+    with pytest.raises(RecipeError, match="cannot write the metrics"):
+        run(tmp_path / "a")
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     run(tmp_path / "a", run={"steps": 6, "save_every": 1, "keep": 2})
     assert sorted(p.name for p in (tmp_path / "a" / "checkpoints").iterdir()) == ["step-00000005", "step-00000006"]

@@ -16,7 +16,7 @@ from chatloss.errors import RecipeError
 from chatloss.loss.model import TokenLoss
 from chatloss.parallel import World
 
-__all__ = ["latest", "load_optimizer", "prune", "save", "state_of"]
+__all__ = ["latest", "load_optimizer", "prune", "remove", "save", "state_of"]
 
 STATE = "chatloss_state.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -90,6 +90,18 @@ def prune(root: Path, keep: int) -> None:
     for path in [*whole[:-keep], *root.glob(".step-*")]:
         gone = path if path.name.startswith(".") else path.rename(path.with_name(f".{path.name}.old"))
         shutil.rmtree(gone, ignore_errors=True)
+
+
+def remove(*paths: Path) -> None:
+    """Removes files and directories; each is gone at once or untouched, also if the process is killed meanwhile."""
+    for path in paths:
+        gone = path.with_name(f".{path.name}.old")
+        shutil.rmtree(gone, ignore_errors=True)
+        if path.is_dir():
+            path.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def load_optimizer(path: Path, loss: TokenLoss, optimizer: torch.optim.Optimizer) -> None:

@@ -164,22 +164,30 @@ class Recipe:
 
 
 # What may differ between a run and its continuation: nothing that changes parameters.
-FREE = ("output", "run.log", "run.save_every", "run.eval_every", "run.keep", "run.samples", "data.eval")
+FREE = ("output", "run.log", "run.save_every", "run.eval_every", "run.keep", "run.samples", "data.eval",
+        "data.max_rejects")
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Keys in which two plain recipes differ and that change what is trained, as ``key: old -> new``.
 
-    >>> differences({"seed": 0, "output": "a"}, {"seed": 1, "output": "b"})
+    A key that an older version did not know yet counts as its default.
+
+    >>> differences({"seed": 0, "output": "a"}, {"seed": 1, "output": "b", "init": "pretrained"})
     ['seed: 0 -> 1']
     """
+    return _differences(old, new, Recipe().to_dict(), "")
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], default: Mapping[str, Any], prefix: str) -> list[str]:
     out = []
     for key in sorted({*old, *new}):
-        path, a, b = prefix + key, old.get(key), new.get(key)
+        path, other = prefix + key, default.get(key)
+        a, b = old.get(key, other), new.get(key, other)
         if path in FREE or a == b:
             continue
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            out += differences(a, b, f"{path}.")
+            out += _differences(a, b, other if isinstance(other, Mapping) else {}, f"{path}.")
         else:
             out.append(f"{path}: {a!r} -> {b!r}")
     return out

@@ -84,7 +84,8 @@ def _require_training() -> None:
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     if missing:
         raise RecipeError(
-            f"training needs {' and '.join(missing)}", hint="pip install 'chatloss[train]', or look first: chatloss view"
+            f"training needs {' and '.join(missing)}",
+            hint="pip install 'chatloss[train]', or look first: chatloss view",
         )
 
 
@@ -110,10 +111,8 @@ def _train(encoder: ChatEncoder, folder: Path, steps: int | None) -> tuple[Train
     recipe = Recipe.from_dict({**_recipe(), **files}, settings)
     held_out = [json.loads(line) for line in (ASSETS / "heldout.jsonl").read_text("utf-8").splitlines()]
     questions = [(row["messages"][-1]["content"], row["expected"]) for row in held_out]
-    prompts = [
-        [int(i) for i in encoder.tokens.encode(encoder.template.render(row["messages"], add_generation_prompt=True)).ids]
-        for row in held_out
-    ]
+    texts = [encoder.template.render(row["messages"], add_generation_prompt=True) for row in held_out]
+    prompts = [[int(i) for i in encoder.tokens.encode(text).ids] for text in texts]
     examples, _ = encode_files(recipe, encoder, recipe.data.train)
     result = train(
         recipe, examples, tokenizer_files=write_tokenizer(encoder), decode=encoder.decode, prompts=prompts,

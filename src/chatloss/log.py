@@ -32,16 +32,22 @@ class Logger:
         self.tty = self.console.isatty() and not quiet
         self.quiet = quiet
         self.began = time.monotonic()
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.sinks = [_sink(name, path.parent) for name in extra]
-        _truncate(path, step)
-        self.file = path.open("a", encoding="utf-8")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _truncate(path, step)
+            self.file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise _unwritable(path, error) from None
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Writes one record everywhere."""
         record = {"kind": kind, "step": step, **values}
-        self.file.write(json.dumps(_plain(record)) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(_plain(record)) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise _unwritable(self.path, error) from None
         numbers = {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, int | float)}
         for sink in self.sinks:
             sink(numbers, step)
@@ -75,6 +81,13 @@ class Logger:
             return
         self.console.write(f"\r\x1b[K{text}\n" if self.tty else f"{text}\n")
         self.console.flush()
+
+
+def _unwritable(path: Path, error: OSError) -> RecipeError:
+    return RecipeError(
+        f"cannot write the metrics: {error.strerror}", where=str(path),
+        hint="make room or choose another output, then run the same command again",
+    )
 
 
 def _plain(value: Any) -> Any:

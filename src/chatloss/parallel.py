@@ -115,6 +115,9 @@ def join_world() -> Iterator[World]:
     if size == 1:
         yield World(device=device)
         return
+    if torch.distributed.is_initialized():
+        yield World(rank, size, device, torch.distributed.new_group(backend="gloo"))
+        return
     if cuda:
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=size)

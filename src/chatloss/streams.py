@@ -123,7 +123,7 @@ def text_records(stream: RawStream, name: str, input_format: str) -> Iterator[Re
         hint = "give UTF-8 text, JSON, Parquet or Arrow, with one layer of gzip or zstd at most"
         raise DataError(f"the file is {foreign}, which is not read", kind="encoding", hint=hint)
     body = head.removeprefix(BOM).lstrip()
-    buffered = io.BufferedReader(stream, CHUNK)
+    buffered: io.BufferedReader[Any] = io.BufferedReader(stream, CHUNK)
     suffixes = [suffix for suffix in PurePath(name).suffixes if suffix.lower() not in (".gz", ".zst")]
     texty = input_format == "text" or (input_format == "auto" and [s.lower() for s in suffixes[-1:]] == [".txt"])
     if texty and not JSON_START.match(body):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -104,8 +103,10 @@ class _Run:
         self.autocast = torch.bfloat16 if recipe.run.dtype == "bfloat16" else None
 
         self.survey = survey(examples, self.reduction)
+        if len(set(world.gather(self.survey.digest))) > 1:
+            raise RecipeError("the ranks do not hold the same examples", where="data.train")
         self.total = self._total_steps()
-        self.resumed, self.state = self._state(fresh)
+        self.resumed, self.state = self._begin() if fresh else self._continue()
         self.loss = self._token_loss(load_model(recipe, self.resumed, vocab_size))
         whole = getattr(self.loss.inner, "_no_split_modules", None) or ()
         layers = [layer for layer in self.loss.modules() if type(layer).__name__ in whole]
@@ -115,6 +116,8 @@ class _Run:
         if self.resumed is not None:
             checkpoint.load_optimizer(self.resumed, self.loss, self.optimizer)
         self.logger = None
+        if fresh and world.rank == 0:  # only now, when everything that could be refused has been
+            checkpoint.remove(self.checkpoints, self.output / "model", self.output / "metrics.jsonl")
         if world.rank == 0:
             self.logger = Logger(self.output / "metrics.jsonl", self.total, step=self.state["step"],
                                  extra=recipe.run.log, quiet=quiet)
@@ -184,24 +187,21 @@ class _Run:
         return global_batches(self.survey.trained, examples=examples, tokens=batch.tokens, seed=self.recipe.seed,
                               epoch=epoch, position=position)
 
-    def _state(self, fresh: bool) -> tuple[Path | None, dict[str, Any]]:
-        """The newest checkpoint and its state, or the state to begin with."""
-        if len(set(self.world.gather(self.survey.digest))) > 1:
-            raise RecipeError("the ranks do not hold the same examples", where="data.train")
-        if fresh and self.world.rank == 0:
-            for path in (self.checkpoints, self.output / "model", self.output / "metrics.jsonl"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        elif self.world.rank == 0:
+    def _begin(self) -> tuple[None, dict[str, Any]]:
+        """No checkpoint, and the state before the first step."""
+        return None, {"step": 0, "epoch": 0, "position": 0, "skipped": 0, "tokens": 0, "loss": 0.0, "eval": {},
+                      "samples": [], "total": self.total, "data": self.survey.digest, "recipe": self.recipe.to_dict()}
+
+    def _continue(self) -> tuple[Path | None, dict[str, Any]]:
+        """The newest checkpoint and its state, if there is one; it must be of this recipe and data."""
+        if self.world.rank == 0:
             checkpoint.prune(self.checkpoints, self.recipe.run.keep)
         self.world.barrier()
-        recipe = self.recipe.to_dict()
-        begin = {"step": 0, "epoch": 0, "position": 0, "skipped": 0, "tokens": 0, "loss": 0.0,
-                 "eval": {}, "samples": [], "total": self.total, "data": self.survey.digest, "recipe": recipe}
         found = checkpoint.latest(self.checkpoints)
         if found is None:
-            return None, begin
+            return self._begin()
         state = checkpoint.state_of(found)
-        changed = differences(state["recipe"], recipe)
+        changed = differences(state["recipe"], self.recipe.to_dict())
         if state["data"] != self.survey.digest:
             changed.append("the encoded training data")
         if changed:
