@@ -153,6 +153,17 @@ def test_padding_is_not_balanced() -> None:
     assert float(sums[1]) == pytest.approx(float(packed[1]), rel=1e-4)
 
 
+def test_a_dummy_micro_batch_adds_no_load_balancing_and_is_finite() -> None:
+    model = tiny({"model_type": "mixtral", **TINY, **MOE}, torch.float32)
+    loss = TokenLoss(model, moe_aux=1.0)
+    batch = MicroBatch.build([documents(1)])
+    plain = gradient(loss, [batch], 7.0, moe_aux=True)
+    want = gradient_of(model)
+    model.zero_grad()
+    assert gradient(loss, [batch, MicroBatch.build([])], 7.0, moe_aux=True).terms == plain.terms
+    assert difference(gradient_of(model), want) < 1e-6
+
+
 def test_dropout_and_length_dependent_positions_are_named() -> None:
     dropout = tiny({**FAMILIES["llama"], "attention_dropout": 0.1})
     assert any("dropout" in note for note in caveats(dropout, 0.0))

@@ -29,8 +29,8 @@ _REACH = 256
 class TurnIds:
     """One turn as ids: `ids[:context]` is what the engine holds, the rest what the model must emit.
 
-    `starts` are character positions in `text` (prompt + target), or None. `joined`: the ids are those of the whole
-    text; else a token would have straddled the boundary, and the target is encoded on its own.
+    `starts` and `ends` are character positions in `text` (prompt + target), or None. `joined`: the ids are those of the
+    whole text; else a token would have straddled the boundary, and the target is encoded on its own.
     """
 
     turn: Turn
@@ -38,6 +38,7 @@ class TurnIds:
     ids: Ids
     context: int
     starts: npt.NDArray[np.int32] | None
+    ends: npt.NDArray[np.int32] | None
     joined: bool
     tokens: Tokens
 
@@ -49,12 +50,10 @@ class TurnIds:
 
     def token_over(self, char: int) -> int:
         """The index of the first token that holds any of character `char` of `text`."""
-        if self.starts is None:
-            token, start = self._search(char)
-            return token if start == char else max(token - 1, 0)
-        at = int(np.searchsorted(self.starts, char, side="right")) - 1
-        # Byte-split characters give several tokens the same start.
-        return int(np.searchsorted(self.starts, self.starts[max(at, 0)], side="left"))
+        if self.ends is not None:
+            return int(np.searchsorted(self.ends, char, side="right"))
+        token, start = self._search(char)
+        return token if start == char else max(token - 1, 0)
 
     def _search(self, char: int) -> tuple[int, int]:
         """(first token that starts at or after `char`, where it starts), without offsets.
@@ -85,18 +84,23 @@ def turn_ids(tokens: Tokens, turn: Turn, *, apart: bool = False) -> TurnIds:
     context, joint = tokens.encode(turn.prompt), tokens.encode(text)
     n = len(context.ids)
     if not apart and boundary_is_clean(context.ids, joint, len(turn.prompt)):
-        return TurnIds(turn, text, joint.ids, n, joint.starts, True, tokens)
+        return TurnIds(turn, text, joint.ids, n, joint.starts, joint.ends, True, tokens)
     target = tokens.encode_segment(turn.target)
     ids = np.concatenate([context.ids, target.ids])
-    starts = None
-    if context.starts is not None and target.starts is not None:
-        starts = np.concatenate([context.starts, target.starts + np.int32(len(turn.prompt))])
+    starts = _joined(context.starts, target.starts, len(turn.prompt))
+    ends = _joined(context.ends, target.ends, len(turn.prompt))
     if tokens.decode(joint.ids.tolist()) == text != tokens.decode(ids.tolist()):
         raise DataError(
             "the tokenizer cannot encode this answer apart from its prompt", where=f"messages[{turn.index}]",
             hint="please report this tokenizer; leave the turn out with train: false", kind="boundary",
         )
-    return TurnIds(turn, text, ids, n, starts, False, tokens)
+    return TurnIds(turn, text, ids, n, starts, ends, False, tokens)
+
+
+def _joined(
+    before: npt.NDArray[np.int32] | None, behind: npt.NDArray[np.int32] | None, length: int
+) -> npt.NDArray[np.int32] | None:
+    return None if before is None or behind is None else np.concatenate([before, behind + np.int32(length)])
 
 
 def group(turns: Sequence[TurnIds], row_format: str) -> list[list[TurnIds]]:

@@ -197,9 +197,9 @@ def _bare(tokenizer: Any) -> Any:
 
 def _encoded(encoding: Any) -> Encoded:
     offsets = np.asarray(encoding.offsets, dtype=np.int32).reshape(-1, 2)
-    # NFC and byte-split characters may step back; a token's start is never before its predecessor's.
-    starts = np.maximum.accumulate(offsets[:, 0]) if len(offsets) else offsets[:, 0]
-    return Encoded(np.asarray(encoding.ids, dtype=np.int32), starts, offsets[:, 1])
+    if len(offsets):  # NFC and byte-split characters may step back; a token is never before its predecessor
+        offsets = np.maximum.accumulate(offsets, axis=0)
+    return Encoded(np.asarray(encoding.ids, dtype=np.int32), offsets[:, 0], offsets[:, 1])
 
 
 def _drop_prefix(spec: dict[str, Any]) -> bool:

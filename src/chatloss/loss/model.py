@@ -70,6 +70,9 @@ class TokenLoss(nn.Module):
         config = self.inner.config
         balance = sys.modules[type(self.inner).__module__].load_balancing_loss_func
         mask = torch.ones_like(input_ids) if real is None else real.to(input_ids.dtype)
+        tokens = mask.sum()
+        if tokens == 0:  # a dummy: balanced over its padding, which is finite, and weighed by no token
+            mask = torch.ones_like(mask)
         experts = getattr(config, "num_local_experts", None) or config.num_experts
         loss: Tensor = balance(router_logits, experts, config.num_experts_per_tok, mask)
-        return self.moe_aux * loss * mask.sum()
+        return self.moe_aux * loss * tokens
