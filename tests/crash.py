@@ -83,4 +83,5 @@ def outcome(output: Path) -> tuple[bytes, list[dict[str, Any]]]:
     """The final weights' bytes, and every metric but time."""
     lines = (output / "metrics.jsonl").read_text().splitlines()
     records = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
-    return (output / "model" / "model.safetensors").read_bytes(), [r for r in records if r["kind"] != "notice"]
+    [weights] = (output / "model").glob("*model.safetensors")
+    return weights.read_bytes(), [r for r in records if r["kind"] != "notice"]

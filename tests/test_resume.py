@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,3 +73,17 @@ def test_a_finished_run_started_again_changes_nothing(whole: Path) -> None:
     before = outcome(whole)
     assert run(whole) == 0
     assert outcome(whole) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [
+    {"lora": {"rank": 4}}, {"model": FAMILIES["gemma2"]}, {"model": FAMILIES["qwen3"]},
+    {"model": FAMILIES["mixtral"], "loss": {"moe_aux": 0.01}},
+    {"run": {**RECIPE["run"], "dtype": "bfloat16", "gradient_checkpointing": True}},
+])
+def test_every_kind_of_model_survives_kill_9_on_two_sharded_ranks(tmp_path: Path, change: dict[str, Any]) -> None:
+    change = {"model": FAMILIES["llama"], **change, "run": {**change.get("run", RECIPE["run"]), "parallel": "fsdp"}}
+    assert run(tmp_path / "whole", ranks=2, **change) == 0
+    assert run(tmp_path / "run", 70, ranks=2, **change) == signal.SIGKILL
+    assert run(tmp_path / "run", ranks=2, **change) == 0
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")

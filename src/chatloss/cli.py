@@ -214,6 +214,51 @@ def check(source: Source, html: str | None, as_json: bool, strict: bool) -> None
 
 
 @cli.command()
+@reading_options
+@click.option("--html", metavar="FILE", help="Also write a page with tables, curves and the first 500 rows.")
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
+@click.option("--micro-rows", default="1,4,8", show_default=True, help="Rows per micro-batch, for means of means.")
+@click.option("--ranks", default="2,4,8", show_default=True, help="Numbers of ranks, for means of rank means.")
+def compare(source: Source, html: str | None, as_json: bool, micro_rows: str, ranks: str) -> None:
+    """Show the share of the loss that each turn gets under each reduction, and by mistake, by length."""
+    from chatloss.compare import compare as shares
+    from chatloss.pipeline import encodings
+
+    encoder, reader = source.encoder(), source.reader()
+    first: list[Any] = []
+
+    def examples() -> Iterable[list[Any]]:
+        for made in encodings(reader, encoder, markers=source.markers(encoder), strict=True):
+            if len(first) < 500:
+                first.extend(made.encoding.rows)
+            yield made.encoding.rows
+
+    try:
+        sizes, counts = _numbers(micro_rows, "--micro-rows"), _numbers(ranks, "--ranks")
+        report = shares(examples(), micro_rows=sizes, ranks=counts)
+    finally:
+        _tell_rejects(reader.rejects, reader.reject_counts, reader.n_rejected)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _console().print(report.render())
+    if html is not None:
+        from chatloss.page import write_page
+
+        write_page(html, first, title=f"chatloss compare {' '.join(source.data)}", decode=encoder.decode,
+                   sections=report.sections(), weights_by_reduction=report.weights_by_reduction(first),
+                   rejects=reader.rejects)
+        print(f"wrote {html}", file=sys.stderr)
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    numbers = text.split(",")
+    if not all(number.strip().isdigit() and int(number) > 0 for number in numbers):
+        raise UsageError(f"{option} takes numbers, not {text!r}", hint=f"for example {option} 1,2,4")
+    return tuple(int(number) for number in numbers)
+
+
+@cli.command()
 @click.argument("recipe")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. --set optim.lr=1e-4.")
 @click.option("--fresh", is_flag=True, help="Start anew although the output holds a run.")
@@ -238,11 +283,7 @@ def verify(recipe: str, settings: tuple[str, ...], ranks: str, as_json: bool) ->
     from chatloss.config import Recipe
     from chatloss.sft import verify_recipe
 
-    try:
-        counts = tuple(int(count) for count in ranks.split(","))
-    except ValueError:
-        raise UsageError(f"--ranks takes numbers, not {ranks!r}", hint="for example --ranks 1,2,4") from None
-    report = verify_recipe(Recipe.load(recipe, settings), counts)
+    report = verify_recipe(Recipe.load(recipe, settings), _numbers(ranks, "--ranks"))
     if as_json:
         verdicts = [{**asdict(verdict), "passed": verdict.passed} for verdict in report.verdicts]
         _print_json({"passed": report.passed, "verdicts": verdicts, "notes": list(report.notes)})
