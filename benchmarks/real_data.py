@@ -19,7 +19,7 @@ from tests import assets
 from chatloss.encode import ChatEncoder
 from chatloss.errors import ChatlossError
 from chatloss.pipeline import conversations_of
-from chatloss.read import read
+from chatloss.reader import read
 
 DATA = ("tools_en", "tools_zh", "dpo_en", "dpo_zh", "kto_en", "reasoning_tools", "weights", "multilingual", "smalltalk",
         "bfcl_calls")

@@ -68,7 +68,7 @@ def _write_chats(path: Path, count: int) -> None:
     import json
 
     from chatloss.chat import Preference
-    from chatloss.read import read
+    from chatloss.reader import read
 
     with path.open("w", encoding="utf-8") as file:
         for row in read(str(assets.chat_file("dpo_en"))):

@@ -186,7 +186,7 @@ def test_whitespace_that_phi_swallows_behind_its_header_is_still_a_target(answer
     assert target[:-1] == loaded.tokens.encode_segment(answer).ids.tolist()
 
 
-@pytest.mark.parametrize("family", ["mistral-v1", "mistral-v3", "mistral-v3-legacy", "llama3"])
+@pytest.mark.parametrize("family", ["mistral-v1", "mistral-v3", "llama3"])
 def test_a_token_that_holds_any_of_an_answer_is_content_and_not_header(family: str) -> None:
     loaded = load(family)
     template = plain("[/INST]", "</s>").replace("{{ m.content }}", "{{ ' ' + m.content }}")

@@ -31,7 +31,7 @@ from chatloss.load import load_tokenizer
 from chatloss.markers import Markers
 from chatloss.page import page
 from chatloss.policy import Policy
-from chatloss.read import read
+from chatloss.reader import read
 from chatloss.tally import Duplicates, Lengths
 from tests import assets
 

@@ -123,10 +123,10 @@ def test_an_interrupt_ends_with_130(tmp_path: Path) -> None:
 
 
 def test_the_choices_of_the_command_line_are_those_of_the_policy() -> None:
-    from chatloss import policy, read
+    from chatloss import policy, reader
 
     assert {name: values for name, (values, _) in CHOICES.items()} == dict(policy.CHOICES)
-    assert INPUT_FORMATS == read.INPUT_FORMATS if hasattr(read, "INPUT_FORMATS") else True
+    assert INPUT_FORMATS == reader.INPUT_FORMATS
 
 
 def test_help_names_every_policy() -> None:

@@ -26,7 +26,7 @@ from chatloss.errors import DataError, RecipeError
 from chatloss.page import page
 from chatloss.pipeline import examples
 from chatloss.policy import Policy
-from chatloss.read import read
+from chatloss.reader import read
 from chatloss.reduction import UNITS, Reduction
 from chatloss.sample import Reason, Sample, Span
 from tests.synthetic import chat, chats, decode, per_turn

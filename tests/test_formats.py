@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from chatloss.chat import Conversation, Label, Message, Preference, Text, ToolCall
 from chatloss.errors import DataError
 from chatloss.formats import INPUT_FORMATS, Row, detect, parse
-from chatloss.read import read
+from chatloss.reader import read
 from tests.assets import CHATS, chat_file, chats
 
 FORMATS = INPUT_FORMATS[1:]

@@ -16,7 +16,7 @@ import chatloss
 PACKAGE = Path(chatloss.__file__).parent
 # Imports only ever point upward in this list.
 ORDER = [
-    "errors", "chat", "sample", "policy", "formats", "streams", "tables", "read", "meter", "sandbox", "template",
+    "errors", "chat", "sample", "policy", "formats", "streams", "tables", "reader", "meter", "sandbox", "template",
     "fields", "reference", "tokens", "load", "rows", "window", "encode", "markers", "pipeline", "reduction", "pack",
     "batch",
     # torch starts here

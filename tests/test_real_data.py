@@ -31,7 +31,7 @@ def test_a_chat_model_finds_the_trained_tokens_easier_than_the_others() -> None:
     from benchmarks.real_model import _write_chats, losses
 
     from chatloss.encode import ChatEncoder
-    from chatloss.read import read
+    from chatloss.reader import read
     from tests import assets
 
     encoder = ChatEncoder.load(assets.tokenizer_dir("smollm2"))

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from chatloss.encode import ChatEncoder
     from chatloss.errors import ChatlossError
     from chatloss.policy import Policy
-    from chatloss.read import read
+    from chatloss.reader import read
     from chatloss.sample import Reason, Sample
 
 __version__ = "0.1.0"
@@ -24,7 +24,7 @@ _HOMES = {
     "Policy": "chatloss.policy",
     "Reason": "chatloss.sample",
     "Sample": "chatloss.sample",
-    "read": "chatloss.read",
+    "read": "chatloss.reader",
 }
 
 

@@ -51,7 +51,7 @@ def check(
     file that cannot be read.
 
     >>> from chatloss.demo import tokenizer_directory
-    >>> from chatloss.read import read
+    >>> from chatloss.reader import read
     >>> rows = read([{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": ""}]}])
     >>> report = check(rows, ChatEncoder.load(tokenizer_directory()))
     >>> [(finding.cause, finding.count, finding.example) for finding in report.findings]

@@ -38,7 +38,7 @@ def run_demo(output: str | Path = "chatloss-demo", *, steps: int | None = None) 
     from chatloss.check import check
     from chatloss.encode import ChatEncoder
     from chatloss.pipeline import encodings
-    from chatloss.read import read
+    from chatloss.reader import read
     from chatloss.view import render_sample
 
     _require_training()

@@ -14,7 +14,7 @@ from chatloss.errors import UsageError
 if TYPE_CHECKING:
     from chatloss.encode import ChatEncoder
     from chatloss.markers import Markers
-    from chatloss.read import Reader
+    from chatloss.reader import Reader
 
 __all__ = ["Source", "reading_options"]
 
@@ -62,7 +62,7 @@ class Source:
 
     def reader(self, *, lenient: bool = False) -> Reader:
         """`lenient`: never fail because of bad rows, only list them."""
-        from chatloss.read import read
+        from chatloss.reader import read
 
         share = 1.0 if lenient else self.max_rejects
         return read(list(self.data), input_format=self.input_format, max_rejects=share)

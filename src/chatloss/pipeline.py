@@ -10,7 +10,7 @@ from chatloss.encode import ChatEncoder, Encoding
 from chatloss.errors import ChatlossError, DataError
 from chatloss.formats import Row
 from chatloss.markers import Markers, encode_text
-from chatloss.read import Reader
+from chatloss.reader import Reader
 
 __all__ = ["Encoded", "conversations_of", "encodings", "examples"]
 

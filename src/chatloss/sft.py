@@ -15,7 +15,7 @@ from chatloss.encode import ChatEncoder
 from chatloss.errors import RecipeError
 from chatloss.pipeline import examples
 from chatloss.policy import Policy
-from chatloss.read import read
+from chatloss.reader import read
 from chatloss.sample import Sample
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""read.py, streams.py, tables.py: every container, nothing lost in silence, and garbage of every kind."""
+"""reader.py, streams.py, tables.py: every container, nothing lost in silence, and garbage of every kind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from chatloss import streams
 from chatloss.chat import Conversation, Text
 from chatloss.errors import ChatlossError, DataError, UsageError
-from chatloss.read import Reader, read
+from chatloss.reader import Reader, read
 from tests.assets import chats
 
 Write = Callable[[str, bytes], Path]
@@ -236,7 +236,7 @@ def test_the_share_of_bad_rows_is_judged_at_the_end_and_counts_later_stages(writ
 
 
 def test_rejects_beyond_the_kept_ones_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chatloss.read.KEPT_REJECTS", 2)
+    monkeypatch.setattr("chatloss.reader.KEPT_REJECTS", 2)
     reader = read([*ROWS[:1], *[{"messages": {"\ud800": 1}}] * 5], max_rejects=1)
     assert len(list(reader)) == 1 and len(reader.rejects) == 2
     assert reader.n_rejected == 5 == reader.reject_counts["field"]
@@ -378,7 +378,7 @@ def test_any_bytes_are_rows_rejects_or_a_chatloss_error(data: bytes, draw: Any, 
 
 
 def test_reading_imports_neither_torch_nor_transformers_nor_datasets() -> None:
-    code = "import sys, chatloss.read as r; list(r.read([{'text': 'a'}])); print({'torch', 'transformers', 'datasets', "
-    code += "'pyarrow', 'tokenizers'} & set(sys.modules))"
+    code = "import sys, chatloss.reader as r; list(r.read([{'text': 'a'}])); print({'torch', 'transformers', "
+    code += "'datasets', 'pyarrow', 'tokenizers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
