@@ -22,7 +22,7 @@ MODEL = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "n
          "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True}
 
 
-def rows(pair: str, data: str, count: int) -> tuple[list[Any], int]:
+def rows(pair: str, data: str, count: int, longest: int) -> tuple[list[Any], int]:
     from itertools import islice
 
     from tests import assets
@@ -33,8 +33,9 @@ def rows(pair: str, data: str, count: int) -> tuple[list[Any], int]:
 
     encoder = ChatEncoder.load(assets.tokenizer_dir(pair))
     reader = read(str(assets.chat_file(data)), max_rejects=1.0)
-    made = [one.encoding.rows for one in islice(examples(reader, encoder), count)]
-    return made, encoder.tokens.size
+    made = (one.encoding.rows for one in examples(reader, encoder))
+    fitting = (rows_ for rows_ in made if max(map(len, rows_)) <= longest)
+    return list(islice(fitting, count)), encoder.tokens.size
 
 
 def run_chatloss(examples: list[Any], vocab: int, micro: int, steps: int, threads: int, packed: bool) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def run_trainer(
     longest = max(len(row) for rows_ in examples for row in rows_)
     data = datasets.Dataset.from_list([
         {"input_ids": row.input_ids.tolist(), "labels": row.labels.tolist(),
-         "attention_mask": [1] * len(row), "assistant_masks": (row.weights != 0).astype(int).tolist()}
+         "attention_mask": [1] * len(row)}
         for rows_ in examples for row in rows_
     ])
     config = transformers.AutoConfig.for_model(**{**MODEL, "vocab_size": vocab})
@@ -95,7 +96,7 @@ def run_trainer(
         if kind == "transformers":
             collator = transformers.DataCollatorForSeq2Seq(_Padder(), padding=True)
             trainer: Any = transformers.Trainer(
-                model, transformers.TrainingArguments(**common), train_dataset=data.remove_columns("assistant_masks"),
+                model, transformers.TrainingArguments(**common), train_dataset=data,
                 data_collator=collator, callbacks=[Tick()],
             )
         else:
@@ -106,9 +107,8 @@ def run_trainer(
                            "per_device_train_batch_size": 1, "gradient_accumulation_steps": max(1, 16 * longest // micro)}
             else:
                 common |= {"padding_free": kind == "padding-free", "max_length": None}
-            arguments = trl.SFTConfig(**common, assistant_only_loss=True, dataset_kwargs={"skip_prepare_dataset": False})
             trainer = trl.SFTTrainer(
-                model, arguments, train_dataset=data.remove_columns(["labels", "attention_mask"]),
+                model, trl.SFTConfig(**common), train_dataset=data.remove_columns("attention_mask"),
                 processing_class=_tokenizer(vocab), callbacks=[Tick()],
             )
         compute = trainer.compute_loss
@@ -174,7 +174,7 @@ def one(contender: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(arguments.threads)
-    examples, vocab = rows(arguments.pair, arguments.data, arguments.examples)
+    examples, vocab = rows(arguments.pair, arguments.data, arguments.examples, arguments.micro_tokens)
     who, _, how = contender.partition(" ")
     common = (examples, vocab, arguments.micro_tokens, arguments.steps, arguments.threads)
     if who == "chatloss":

@@ -181,18 +181,19 @@ class ChatEncoder:
             untrained.update({t.turn.index: "control_tokens" for t in ready})
             ready = []  # what such text would become in the row is nobody's wish
         groups = group(ready, self.policy.row_format)
+        for members in groups[:-1]:
+            for t in members:
+                if outcomes[t.turn.index] == "exact":
+                    outcomes[t.turn.index] = "split"
         unlawful: list[int] = []
         if self.policy.row_format == "multi_turn" and len(groups) > 1:
             unlawful = sorted(t.turn.index for members in groups[:-1] for t in members)
             problems.append(self._one_row_problem(unlawful))
             groups = groups[-1:]
-            if self.policy.unlawful == "error":
-                untrained.update(dict.fromkeys(unlawful, "split"))
-                unlawful = []
-        for members in groups[:-1]:
-            for t in members:
-                if outcomes[t.turn.index] == "exact":
-                    outcomes[t.turn.index] = "split"
+            base = groups[0][-1].turn.index
+            kept = [i for i in unlawful if self.policy.unlawful == "keep" and rendering.standing(i, base)]
+            untrained.update({i: "split" for i in unlawful if i not in kept})
+            unlawful = kept
         rows: list[Sample] = []
         for members in groups:
             made_rows, cut, problem = fit(self, rendering, members, outcomes, untrained, unlawful)

@@ -169,7 +169,7 @@ class Rendering:
         for i, field in enumerate(fields):
             if field.reason == Reason.CALL or len(field.text) > SHORT:
                 continue
-            place = proven_place(field, own, partial(self._with_field, index, field))
+            place = proven_place(field, own, partial(self._with_field, index, index + 1, field))
             if isinstance(place, Missing):
                 return place
             if place is not None and place[0] >= start:
@@ -183,8 +183,8 @@ class Rendering:
                 places[i] = (*place, fields[i].reason)
         return places if sorted(places) == places else found
 
-    def _with_field(self, index: int, field: Field, other: str) -> str | None:
-        """The own rendering of message `index` with one text field replaced by `other`."""
+    def _with_field(self, index: int, count: int, field: Field, other: str) -> str | None:
+        """The own rendering of message `index`, or the prompt of message `count`, with one of its texts replaced."""
         message = self.conversation.messages[index]
         if field.reason == Reason.REASONING and message.reasoning and message.reasoning.strip() == field.text:
             message = replace(message, reasoning=message.reasoning.replace(field.text, other, 1))
@@ -193,7 +193,8 @@ class Rendering:
             message = replace(message, content=f"{head}{other}{tail}")
         else:
             return None
-        return self._render([*self.messages[:index], engine_message(message, *self.forms)], False)
+        changed = [*self.messages[:index], engine_message(message, *self.forms), *self.messages[index + 1 : count]]
+        return self._render(changed, count > index + 1 and self.conversation.messages[count].role == "assistant")
 
     def _target(self, index: int, own: str, start: int, found: Located, whole: bool = False) -> Turn:
         """The turn's target text from `start` through its stop, with the reason of every character."""
@@ -268,6 +269,32 @@ class Rendering:
         words = text[max(found[-1][0], end - SHORT) : end]
         at = prefix.rfind(words) if prefix else -1
         return end + _common(prefix[at + len(words) :], text[end:]) if prefix and at >= 0 else end
+
+
+    def standing(self, index: int, count: int) -> Located:
+        """What the prompt of message `count` shows of message `index`: its fields and its stop, if any; texts proven.
+
+        This is what training in an unlawful row can train of it.
+        """
+        text = self.prompt(count) or ""
+        start, end = next(((a, b) for a, b, i in self.regions(text, count) if i == index), (0, 0))
+        own_prompt = self.prompt(index)
+        if own_prompt is not None and text.startswith(own_prompt):
+            start = len(own_prompt)
+        found: Located = []
+        for field in fields_of(self.conversation.messages[index]):
+            place = None
+            if field.reason != Reason.CALL:
+                place = proven_place(field, text, partial(self._with_field, index, count, field))
+            if place is None:
+                found += present(text[:end], [field], found[-1][1] if found else start)
+            elif not isinstance(place, Missing) and (not found or place[0] >= found[-1][1]):
+                found.append((*place, field.reason))
+        at = found[-1][1] if found else start
+        stop = self.stops.end(text[:end], at)
+        if stop is not None:
+            found.append((at, stop, Reason.STOP))
+        return found
 
 
 def _reasons(found: Located, own: str, start: int, end: int, headless: bool) -> list[tuple[int, int, Reason]]:

@@ -149,7 +149,7 @@ def sample(
 
     for member in members:
         _paint(member, messages[member.turn.index], policy, len(member.turn.prompt), message, reason, weight)
-    for i in unlawful:
+    for i in (i for i in unlawful if i < base.turn.index):
         _paint_where_it_stands(rendering, base, i, policy, message, reason, weight)
     if n:
         weight[0] = 0.0  # nothing predicts the first token
@@ -216,14 +216,11 @@ def _paint_where_it_stands(
 ) -> None:
     """`unlawful = "keep"`: train what the row has of a turn, through its stop, although inference never shows it so."""
     data = rendering.conversation.messages[index]
-    start = next((a for a, _, i in rendering.regions(base.turn.prompt, base.turn.index) if i == index), 0)
-    found = present(base.text, fields_of(data), start)
-    if not found:
-        return
-    end = rendering.stops.end(base.text, found[-1][1]) or found[-1][1]
-    for a, b, why in [*found, (found[-1][1], end, Reason.STOP)]:
+    for a, b, why in rendering.standing(index, base.turn.index):
         first, last = base.token_over(a) if why in _FIELDS else base.token_at(a), base.token_at(b)
-        message[first:last], reason[first:last], weight[first:last] = index, why, _weight(why, data, policy)
+        value = _weight(why, data, policy)
+        message[first:last], weight[first:last] = index, value
+        reason[first:last] = why if value else Reason.SWITCHED_OFF
 
 
 def _spans(

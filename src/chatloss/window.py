@@ -27,22 +27,33 @@ def fit(
     longest = len(members[-1].ids)
     whole = [t for t in members if len(t.ids) <= limit]
     over = [t.turn.index for t in members if len(t.ids) > limit]
+    everything = sorted([*unlawful, *(t.turn.index for t in members)])
     if overflow == "error":
-        return [], over, _problem(over[0], longest, limit, "--overflow whole_turns|window|right|drop", True)
+        remedy = "--overflow whole_turns|window|right|drop"
+        return [], everything, _problem(over[0], longest, limit, remedy, True)
     if overflow == "drop":
-        return [], [t.turn.index for t in members], _problem(over[0], longest, limit, "a longer --max-length", False)
+        return [], everything, _problem(over[0], longest, limit, "a longer --max-length", False)
     if overflow == "right":
         row = encoder.sample(rendering, members, outcomes, untrained, length=limit, unlawful=unlawful)
-        return [row], over, _problem(over[0], longest, limit, "a longer --max-length, or --overflow whole_turns", False)
+        cut = [*over, *_left_out(unlawful, [row])]
+        return [row], cut, _problem(over[0], longest, limit, "a longer --max-length, or --overflow whole_turns", False)
     rows: list[Sample] = []
     if whole:
-        cut = {**untrained, **dict.fromkeys(over, "truncated")}
-        rows.append(encoder.sample(rendering, whole, outcomes, cut))
+        status = {**untrained, **dict.fromkeys(over, "truncated")}
+        rows.append(encoder.sample(rendering, whole, outcomes, status, unlawful=unlawful))
+    cut = [*over, *_left_out(unlawful, rows)]
     if overflow == "window":
-        windowed, over = _windows(encoder, rendering, [t for t in members if len(t.ids) > limit], outcomes, untrained)
+        left = [t for t in members if len(t.ids) > limit]
+        windowed, over = _windows(encoder, rendering, left, outcomes, untrained)
         rows += windowed
-    problem = _problem(over[0], longest, limit, "a longer --max-length, or --overflow window", False) if over else None
-    return rows, over, problem
+        cut = [*over, *_left_out(unlawful, rows)]
+    problem = _problem(cut[0], longest, limit, "a longer --max-length, or --overflow window", False) if cut else None
+    return rows, cut, problem
+
+
+def _left_out(turns: Sequence[int], rows: Sequence[Sample]) -> list[int]:
+    """Those of `turns` that have no trained token in any of the rows."""
+    return [i for i in turns if not any(span.message == i and span.weight for row in rows for span in row.spans)]
 
 
 def _problem(index: int, length: int, limit: int, remedy: str, fatal: bool) -> Problem:
