@@ -1,6 +1,7 @@
 """Trained tokens per second and peak memory beside TRL and transformers: ``python -m benchmarks.training``.
 
-The same model, the same rows (real tool chats, encoded once by chatloss), float32, AdamW, no gradient checkpointing, one
+The same model, the same rows (real tool chats, encoded once by chatloss), float32, AdamW, no gradient checkpointing,
+one
 process after another. Every contender runs in a process of its own; the first step is not counted. A row is
 ``contender: trained tokens / s, the same per CPU second, peak memory, share of computed tokens that are no padding``.
 """
@@ -69,7 +70,7 @@ def run_trainer(
     import datasets
     import transformers
 
-    longest = max(len(row) for rows_ in examples for row in rows_)
+    mean = sum(len(row) for rows_ in examples for row in rows_) / len(examples)
     data = datasets.Dataset.from_list([
         {"input_ids": row.input_ids.tolist(), "labels": row.labels.tolist(),
          "attention_mask": [1] * len(row)}
@@ -104,7 +105,8 @@ def run_trainer(
 
             if kind == "bfd":
                 common |= {"packing": True, "packing_strategy": "bfd", "max_length": micro,
-                           "per_device_train_batch_size": 1, "gradient_accumulation_steps": max(1, 16 * longest // micro)}
+                           "per_device_train_batch_size": 1,
+                           "gradient_accumulation_steps": max(1, round(16 * mean / micro))}
             else:
                 common |= {"padding_free": kind == "padding-free", "max_length": None}
             trainer = trl.SFTTrainer(

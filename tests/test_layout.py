@@ -17,8 +17,8 @@ PACKAGE = Path(chatloss.__file__).parent
 # Imports only ever point upward in this list.
 ORDER = [
     "errors", "chat", "sample", "policy", "formats", "streams", "tables", "reader", "meter", "sandbox", "template",
-    "fields", "reference", "tokens", "load", "rows", "window", "encode", "markers", "pipeline", "reduction", "pack",
-    "batch",
+    "fields", "reference", "places", "tokens", "load", "rows", "window", "encode", "markers", "pipeline", "reduction",
+    "pack", "batch",
     # torch starts here
     "loss", "config", "parallel", "step", "attention", "models", "checkpoint", "log", "evaluate", "trainer", "verify",
     # edges

@@ -12,6 +12,7 @@ from typing import Any
 from chatloss.chat import Conversation, Message, split_think
 from chatloss.errors import DataError, TemplateError, TokenizerError
 from chatloss.load import Loaded, load_tokenizer, read_template
+from chatloss.places import standing
 from chatloss.policy import Policy
 from chatloss.reference import Rendering, Stops, Turn
 from chatloss.rows import TurnIds, group, sample, turn_ids
@@ -190,8 +191,8 @@ class ChatEncoder:
             unlawful = sorted(t.turn.index for members in groups[:-1] for t in members)
             problems.append(self._one_row_problem(unlawful))
             groups = groups[-1:]
-            base = groups[0][-1].turn.index
-            kept = [i for i in unlawful if self.policy.unlawful == "keep" and rendering.standing(i, base)]
+            base = groups[0][-1].turn
+            kept = [i for i in unlawful if self.policy.unlawful == "keep" and standing(rendering, i, base)]
             untrained.update({i: "split" for i in unlawful if i not in kept})
             unlawful = kept
         rows: list[Sample] = []

@@ -18,11 +18,15 @@ SHORT = 16
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A part of an answer. Each of `pieces` must occur, in one of its spellings; texts are one piece."""
+    """A part of an answer. Each of `pieces` must occur, in one of its spellings; texts are one piece.
+
+    `call` is the index of the tool call that the field is.
+    """
 
     reason: Reason
     pieces: tuple[tuple[str, ...], ...]
     name: str
+    call: int = 0
 
     @property
     def text(self) -> str:
@@ -55,7 +59,7 @@ def fields_of(message: Message) -> list[Field]:
     if content.strip():
         fields.append(Field(Reason.CONTENT, ((content.strip(),),), "content"))
     for i, call in enumerate(message.tool_calls):
-        fields.append(Field(Reason.CALL, tuple(_call_pieces(call)), f"tool_calls[{i}]"))
+        fields.append(Field(Reason.CALL, tuple(_call_pieces(call)), f"tool_calls[{i}]", i))
     return fields
 
 

@@ -18,7 +18,7 @@ from chatloss.fields import SHORT, Field, Located, Missing, fields_of, locate, p
 from chatloss.sample import Reason
 from chatloss.template import ChatTemplate, Stop
 
-__all__ = ["Rendering", "Stops", "Turn", "engine_message"]
+__all__ = ["Rendering", "Stops", "Turn", "View", "engine_message"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +132,11 @@ class Rendering:
                 self.refused[key] = error.what
             return None
 
+    def render_with(self, index: int, message: Message, count: int, prompt: bool) -> str | None:
+        """The first `count` messages, or the prompt of message `count`, with another message at `index`."""
+        messages = [*self.messages[:index], engine_message(message, *self.forms), *self.messages[index + 1 : count]]
+        return self._render(messages, prompt and self.conversation.messages[count].role == "assistant")
+
     def prompt(self, index: int) -> str | None:
         """What an engine holds before message `index`: an assistant's prompt ends in the generation prompt."""
         return self.text(index, self.conversation.messages[index].role == "assistant")
@@ -146,17 +151,17 @@ class Rendering:
             return Turn(index, "unrenderable", detail=why)
         fields = fields_of(message)
         if not own.startswith(prompt):
-            return self._off_prompt(index, prompt, own, fields)
+            return self._off_prompt(index, prompt, own)
         found = self._locate(index, own, len(prompt), fields)
         if isinstance(found, Missing):
             target = self._target(index, own, len(prompt), [], whole=True)
             return replace(target, outcome="altered", prompt=prompt, detail=f"the rendering lacks the {found.name}")
         return replace(self._target(index, own, len(prompt), found), prompt=prompt)
 
-    def _off_prompt(self, index: int, prompt: str, own: str, fields: list[Field]) -> Turn:
+    def _off_prompt(self, index: int, prompt: str, own: str) -> Turn:
         at = next((i for i, (a, b) in enumerate(zip(prompt, own, strict=False)) if a != b), min(len(prompt), len(own)))
         detail = f"the prompt has {prompt[at : at + 24]!r} where the rendering has {own[at : at + 24]!r}"
-        found = present(own, fields, _common(self.text(index) or "", own))
+        found = View(self, index + 1, False).shown(index, 0)
         if not found:
             return Turn(index, "off_prompt", detail=detail, engine_prompt=prompt)
         # What "keep" would train: the fields where they stand, through the stop.
@@ -169,7 +174,7 @@ class Rendering:
         for i, field in enumerate(fields):
             if field.reason == Reason.CALL or len(field.text) > SHORT:
                 continue
-            place = proven_place(field, own, partial(self._with_field, index, index + 1, field))
+            place = View(self, index + 1, False).place(index, field)
             if isinstance(place, Missing):
                 return place
             if place is not None and place[0] >= start:
@@ -182,19 +187,6 @@ class Rendering:
             if found[i][2] == fields[i].reason:
                 places[i] = (*place, fields[i].reason)
         return places if sorted(places) == places else found
-
-    def _with_field(self, index: int, count: int, field: Field, other: str) -> str | None:
-        """The own rendering of message `index`, or the prompt of message `count`, with one of its texts replaced."""
-        message = self.conversation.messages[index]
-        if field.reason == Reason.REASONING and message.reasoning and message.reasoning.strip() == field.text:
-            message = replace(message, reasoning=message.reasoning.replace(field.text, other, 1))
-        elif field.reason == Reason.CONTENT and isinstance(message.content, str):
-            head, _, tail = message.content.rpartition(field.text)
-            message = replace(message, content=f"{head}{other}{tail}")
-        else:
-            return None
-        changed = [*self.messages[:index], engine_message(message, *self.forms), *self.messages[index + 1 : count]]
-        return self._render(changed, count > index + 1 and self.conversation.messages[count].role == "assistant")
 
     def _target(self, index: int, own: str, start: int, found: Located, whole: bool = False) -> Turn:
         """The turn's target text from `start` through its stop, with the reason of every character."""
@@ -238,63 +230,63 @@ class Rendering:
         """Whether the generation prompt leaves the header to the model."""
         return self.conversation.messages[index].role != "assistant" or self.text(index) == self.text(index, True)
 
-    # -- whose text is whose ---------------------------------------------------------------------------------------
 
-    def regions(self, text: str, count: int) -> list[tuple[int, int, int]]:
-        """(start, end, message) for the first `count` messages as they stand in `text`, a rendering of more of them.
+@dataclass(frozen=True, slots=True)
+class View:
+    """The first `count` messages rendered, as a prompt or not, and where the text of each of them stands in that.
 
-        Exact where shorter renderings are prefixes; where a template rewrites history, a message ends behind its text.
-        """
-        bounds, at = [], 0
-        for i in range(count):
-            prefix = self.text(i + 1)
-            if prefix is not None and text.startswith(prefix):
-                end = len(prefix)
-            else:
-                end = self._end_by_text(text, at, i, prefix)
-            end = max(at, min(end, len(text)))
-            bounds.append((at, end, i))
-            at = end
-        return bounds
+    A text, or the name of a call, is where another one stands if it is replaced.
+    """
 
-    def _end_by_text(self, text: str, at: int, index: int, prefix: str | None) -> int:
-        message = self.conversation.messages[index]
-        found = locate(text, fields_of(message), at)
-        if isinstance(found, Missing):  # the template drops part of it: look for the answer alone
-            found = locate(text, [f for f in fields_of(message) if f.reason == Reason.CONTENT], at)
-        if isinstance(found, Missing) or not found:
-            return max(at, _common(prefix or "", text))
-        end = found[-1][1]
-        # What the shorter rendering writes behind the same words belongs to the message as far as it stands here too.
-        words = text[max(found[-1][0], end - SHORT) : end]
-        at = prefix.rfind(words) if prefix else -1
-        return end + _common(prefix[at + len(words) :], text[end:]) if prefix and at >= 0 else end
+    rendering: Rendering
+    count: int
+    prompt: bool
 
+    @property
+    def text(self) -> str:
+        made = self.rendering.prompt(self.count) if self.prompt else self.rendering.text(self.count)
+        return made or ""
 
-    def standing(self, index: int, count: int) -> Located:
-        """What the prompt of message `count` shows of message `index`: its fields and its stop, if any; texts proven.
+    def place(self, index: int, field: Field) -> tuple[int, int] | Missing | None:
+        return proven_place(field, self.text, partial(self._with_field, index, field))
 
-        This is what training in an unlawful row can train of it.
-        """
-        text = self.prompt(count) or ""
-        start, end = next(((a, b) for a, b, i in self.regions(text, count) if i == index), (0, 0))
-        own_prompt = self.prompt(index)
-        if own_prompt is not None and text.startswith(own_prompt):
-            start = len(own_prompt)
+    def shown(self, index: int, start: int) -> Located:
+        """The fields of message `index` that can be seen from `start` on."""
         found: Located = []
-        for field in fields_of(self.conversation.messages[index]):
-            place = None
-            if field.reason != Reason.CALL:
-                place = proven_place(field, text, partial(self._with_field, index, count, field))
-            if place is None:
-                found += present(text[:end], [field], found[-1][1] if found else start)
-            elif not isinstance(place, Missing) and (not found or place[0] >= found[-1][1]):
+        for field in fields_of(self.rendering.conversation.messages[index]):
+            at = found[-1][1] if found else start
+            place = self.place(index, field)
+            if place is None or (field.reason == Reason.CALL and not isinstance(place, Missing)):
+                at = max(at, place[0]) if place is not None else at
+                found += present(self.text[: self.next_text(index, at)], [field], at)
+            elif not isinstance(place, Missing) and place[0] >= at:
                 found.append((*place, field.reason))
-        at = found[-1][1] if found else start
-        stop = self.stops.end(text[:end], at)
-        if stop is not None:
-            found.append((at, stop, Reason.STOP))
         return found
+
+    def next_text(self, index: int, at: int) -> int:
+        """Where behind `at` the text of a message after `index` begins."""
+        for later in range(index + 1, self.count):
+            for field in fields_of(self.rendering.conversation.messages[later]):
+                place = self.place(later, field)
+                if isinstance(place, tuple) and place[0] >= at:
+                    return place[0]
+        return len(self.text)
+
+    def _with_field(self, index: int, field: Field, other: str) -> str | None:
+        """The same rendering with one text of message `index` replaced."""
+        message = self.rendering.conversation.messages[index]
+        if field.reason == Reason.REASONING and message.reasoning and message.reasoning.strip() == field.text:
+            message = replace(message, reasoning=message.reasoning.replace(field.text, other, 1))
+        elif field.reason == Reason.CONTENT and isinstance(message.content, str):
+            head, _, tail = message.content.rpartition(field.text)
+            message = replace(message, content=f"{head}{other}{tail}")
+        elif field.reason == Reason.CALL:
+            calls = list(message.tool_calls)
+            calls[field.call] = replace(calls[field.call], name=other)
+            message = replace(message, tool_calls=tuple(calls))
+        else:
+            return None
+        return self.rendering.render_with(index, message, self.count, self.prompt)
 
 
 def _reasons(found: Located, own: str, start: int, end: int, headless: bool) -> list[tuple[int, int, Reason]]:
@@ -332,18 +324,3 @@ def _markup(
 
 _ENDING = re.compile(r"(<\|[^<>|]+\|>|<｜[^<>｜]+｜>)\s*\Z")
 _CLOSING = re.compile(r"\s*</[^<>]*>\s*")
-
-
-def _common(a: str, b: str) -> int:
-    """The length of the common prefix of two texts."""
-    size = min(len(a), len(b))
-    if a[:size] == b[:size]:
-        return size
-    low, high = 0, size
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[:middle] == b[:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from chatloss.chat import Message
 from chatloss.errors import DataError
 from chatloss.fields import Missing, fields_of, locate, present
+from chatloss.places import regions, standing
 from chatloss.policy import Policy
 from chatloss.reference import Rendering, Turn
 from chatloss.sample import Decode, Reason, Sample, Span
@@ -132,7 +133,7 @@ def sample(
     messages = rendering.conversation.messages
     status = {**outcomes, **untrained}
 
-    for start, end, i in rendering.regions(base.turn.prompt, base.turn.index):
+    for start, end, i in regions(rendering, base.turn.prompt, base.turn.index):
         message[base.token_at(start) : base.token_at(end)] = i
         found = locate(base.text[:end], fields_of(messages[i]), start)
         if isinstance(found, Missing):
@@ -216,7 +217,7 @@ def _paint_where_it_stands(
 ) -> None:
     """`unlawful = "keep"`: train what the row has of a turn, through its stop, although inference never shows it so."""
     data = rendering.conversation.messages[index]
-    for a, b, why in rendering.standing(index, base.turn.index):
+    for a, b, why in standing(rendering, index, base.turn):
         first, last = base.token_over(a) if why in _FIELDS else base.token_at(a), base.token_at(b)
         value = _weight(why, data, policy)
         message[first:last], weight[first:last] = index, value
