@@ -70,6 +70,11 @@ def test_the_whole_corpus_is_lawful_and_as_in_the_table() -> None:
 
 
 @pytest.mark.slow
+def test_templates_with_the_tokenizers_of_their_families_are_lawful() -> None:
+    assert_lawful(conformance.run(conformance.family_jobs()))
+
+
+@pytest.mark.slow
 def test_the_larger_tokenizers_with_their_own_templates_are_lawful() -> None:
     from tests import assets
 
