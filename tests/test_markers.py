@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from chatloss.demo import tokenizer_directory
 from chatloss.errors import DataError, UsageError
@@ -26,6 +29,11 @@ def tokens_of(name: str) -> Tokens:
     if name == "bytes":
         return CallableTokens(lambda text: list(text.encode()), lambda ids: bytes(ids).decode("utf-8", "replace"))
     return load_tokenizer(tokenizer_directory() if name == "demo" else assets.tokenizer_dir(name)).tokens
+
+
+@cache
+def shared_tokens(name: str) -> Tokens:
+    return tokens_of(name)
 
 
 def trained(text: str, markers: Markers) -> list[str]:
@@ -76,14 +84,26 @@ def test_without_a_stop_a_response_runs_to_the_next_instruction() -> None:
     assert trained(text, Markers("last", "### A:")) == [" d\n"]
 
 
-def by_id_scan(ids: list[int], response: list[int], instruction: list[int] | None) -> list[bool]:
-    """What completion-only collators do: find marker ids; train behind the last, or up to each next instruction."""
-    n, starts = len(ids), [i + len(response) for i in range(len(ids)) if ids[i : i + len(response)] == response]
+def trl_collator(ids: list[int], response: list[int], instruction: list[int] | None) -> list[bool]:
+    """DataCollatorForCompletionOnlyLM of TRL 0.19, line by line: which labels are not -100."""
+    n, labels = len(ids), np.ones(len(ids), dtype=bool)
+    starts = [i for i in range(n) if ids[i : i + len(response)] == response]
+    if not starts:
+        return [False] * n
     if instruction is None:
-        return [i >= starts[-1] for i in range(n)]
-    questions = [i for i in range(n) if ids[i : i + len(instruction)] == instruction]
-    ends = [next((q for q in questions if q > start), n) for start in starts]
-    return [any(a <= i < b for a, b in zip(starts, ends, strict=True)) for i in range(n)]
+        labels[: starts[-1] + len(response)] = False
+        return [bool(label) for label in labels]
+    responses_at = [start + len(response) for start in starts]
+    humans_at = [i for i in range(n) if ids[i : i + len(instruction)] == instruction]
+    if not humans_at:
+        return [False] * n
+    if humans_at[0] > responses_at[0]:
+        humans_at = [0, *humans_at]
+    for k, (start, end) in enumerate(zip(humans_at, responses_at, strict=False)):
+        labels[(start if k else 0) : end] = False
+    if len(responses_at) < len(humans_at):
+        labels[humans_at[-1] :] = False
+    return [bool(label) for label in labels]
 
 
 @pytest.mark.parametrize("instruction", [None, INSTRUCTION])
@@ -93,7 +113,41 @@ def test_where_id_scans_work_the_mask_is_theirs(instruction: str | None) -> None
     instruction_ids = None if instruction is None else tokens.encode(instruction).ids.tolist()
     markers = Markers("last", RESPONSE) if instruction is None else Markers("all", RESPONSE, INSTRUCTION)
     row = encode_text(tokens, CHATML, markers)
-    assert (row.weights != 0).tolist() == by_id_scan(row.input_ids.tolist(), response_ids, instruction_ids)
+    assert (row.weights != 0).tolist() == trl_collator(row.input_ids.tolist(), response_ids, instruction_ids)
+
+
+PIECES = st.sampled_from(["a", "It", " is", "\n", "naïve", "你好", "🙂", "4", "  ", "It's."])
+WORDS = st.lists(PIECES, min_size=1, max_size=5)
+CHATS = st.lists(st.tuples(WORDS.map("".join), WORDS.map("".join)), min_size=1, max_size=4)
+LAYOUTS = {
+    "chatml": ("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n", RESPONSE, INSTRUCTION),
+    "alpaca": ("### Q: {}\n### A: {}\n", "### A:", "### Q:"),
+    "mistral": ("[INST] {} [/INST] {}</s>", "[/INST]", "[INST]"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["qwen3", "demo", "mistral-v3"])
+@settings(max_examples=60)
+@given(chat=CHATS, every=st.booleans())
+def test_on_generated_texts_the_mask_is_the_collators_wherever_its_scan_finds_the_markers(
+    layout: str, name: str, chat: list[tuple[str, str]], every: bool
+) -> None:
+    form, response, instruction = LAYOUTS[layout]
+    tokens, text = shared_tokens(name), "".join(form.format(*pair) for pair in chat)
+    markers = Markers("all", response, instruction) if every else Markers("last", response)
+    row = encode_text(tokens, text, markers)
+    ids, found = row.input_ids.tolist(), responses(text, markers)
+    response_ids = tokens.encode_segment(response).ids.tolist()
+    instruction_ids = tokens.encode_segment(instruction).ids.tolist() if every else None
+    counts = [sum(ids[i : i + len(m)] == m for i in range(len(ids))) for m in (response_ids, instruction_ids or [])]
+    scan_works = counts[0] == len(chat) and (not every or counts[1] == len(chat))
+    if ids == tokens.encode(text).ids.tolist() and scan_works:
+        assert (row.weights != 0).tolist() == trl_collator(ids, response_ids, instruction_ids)
+    else:  # a token straddles a marker: their mask is empty or wrong, ours holds every answer behind its own context
+        first = int(np.flatnonzero(row.weights)[0])
+        assert ids[:first] == tokens.encode(text[: found[0][0]]).ids.tolist()
+        assert all((row.turns == turn).any() for turn in range(len(found)))
 
 
 def test_a_marker_whose_ids_change_with_its_context_is_still_found() -> None:
@@ -137,6 +191,36 @@ MORE_STOPS = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\
 LINES, ANYWHERE = Markers("all", "\n### A:", "\n### Q:"), Markers("all", "### A:", "### Q:")
 LAST_LINE, LAST = Markers("last", "\n### A:"), Markers("last", "### A:")
 MINIMIND = Markers("minimind", RESPONSE, "", "<|im_end|>")
+ENDED = Markers("all", RESPONSE, INSTRUCTION, "<|im_end|>")
+SECRET = "Zqx"
+QUOTES = st.lists(st.sampled_from([
+    "", "\n", " ", "a", "'", RESPONSE, RESPONSE.strip(), INSTRUCTION, INSTRUCTION.strip(), "<|im_end|>", "<|im_end|>\n",
+    "<|im_start|>", "assistant\n", "### A:", "\n### A:", "### Q:", "\n### Q:",
+]), max_size=4).map("".join)  # fmt: skip
+# Not to be told from a chat by anybody: text that is what the template itself writes between two messages.
+TURNS = re.compile(r"<\|im_end\|>\s*<\|im_start\|>assistant|### A:(?s:.*)### Q:")
+
+
+ANSWERS = st.sampled_from(["fine", "yes.", "ok\nthen"])
+LAST_ENDED = Markers("last", RESPONSE, "", "<|im_end|>")
+
+
+@pytest.mark.parametrize("markers", [ENDED, MINIMIND, LAST_ENDED, LINES, ANYWHERE, LAST_LINE])
+@settings(max_examples=300)
+@given(chat=st.lists(st.tuples(QUOTES, QUOTES, ANSWERS), min_size=1, max_size=3))
+def test_a_user_who_quotes_markers_is_not_trained_or_the_row_is_rejected(
+    markers: Markers, chat: list[tuple[str, str, str]]
+) -> None:
+    form = LAYOUTS["chatml" if "<|" in markers.response else "alpaca"][0]
+    users = [f"{before}{SECRET}{behind}" for before, behind, _ in chat]
+    text = "".join(form.format(user, answer) for user, (_, _, answer) in zip(users, chat, strict=True))
+    if any(TURNS.search(user) for user in users):
+        return
+    try:
+        found = trained(text, markers)
+    except DataError:
+        return
+    assert not [answer for answer in found if SECRET in answer]
 
 
 @pytest.mark.parametrize(("markers", "text", "expected"), [
@@ -156,9 +240,11 @@ def test_a_quoted_marker_is_told_by_its_position(markers: Markers, text: str, ex
     (LINES, "### Q: he wrote\n### A: no\n### A: yes"),
     (Markers("all", "ASSISTANT:", "USER:"), "USER: say ASSISTANT: hi ASSISTANT: ok"),
     (MINIMIND, MORE_STOPS),
+    (ENDED, f"{INSTRUCTION}{RESPONSE}no\n{INSTRUCTION}<|im_end|>\n{RESPONSE}yes<|im_end|>\n"),
+    (ENDED, f"{INSTRUCTION}{RESPONSE}no<|im_end|>\n{INSTRUCTION}<|im_end|>\n{RESPONSE}yes<|im_end|>\n"),
 ])
 def test_a_row_whose_markers_cannot_be_told_apart_is_rejected(markers: Markers, text: str) -> None:
-    with pytest.raises(DataError, match=r"twice in a row|quotes the template|more stops|inside a line"):
+    with pytest.raises(DataError, match=r"twice in a row|quotes the|more stops|inside a line"):
         responses(text, markers, "x:1")
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from chatloss.chat import Conversation
 from chatloss.demo import tokenizer_directory
@@ -14,6 +18,9 @@ from chatloss.errors import DataError, RecipeError
 from chatloss.load import Loaded, load_tokenizer
 from chatloss.policy import CHOICES, Policy
 from chatloss.sample import Reason, Sample
+from tests import conformance
+from tests.oracle import violations
+from tests.test_encode_property import OTHERS, messages
 
 PLAIN = "chat_template.jinja"
 REWRITES = "chat_template_rewrites.jinja"
@@ -287,3 +294,201 @@ def test_every_choice_is_named_with_a_suggestion() -> None:
     with pytest.raises(RecipeError, match="no policy named") as caught:
         Policy.from_dict({"row_fromat": "auto"})
     assert "row_format" in caught.value.hint
+
+
+# -- unlawful rows, by wish -------------------------------------------------------------------------------------------
+
+# Past answers end with another token than the one the model must emit, as in gpt-oss.
+PAST = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{{ '<|im_end|>' if loop.last or m.role != 'assistant' else '<|past|>' }}
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+# Every message is numbered from the end, so no prompt is a prefix of any answer.
+NUMBERED = """{% for m in messages %}<|im_start|>{{ m.role }}{{ loop.revindex }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+ASKED = [
+    {"role": "user", "content": f"What? {OTHERS}"},
+    {"role": "assistant", "content": "a"},
+    {"role": "user", "content": f"{OTHERS} Did you say a, or that it is so, indeed? {OTHERS}"},
+    {"role": "assistant", "content": "It is so, indeed."},
+    {"role": "user", "content": f"It is so, indeed. {OTHERS}"},
+    {"role": "assistant", "content": ""},
+]
+
+
+@pytest.mark.parametrize("template", [PAST, NUMBERED, OPENS, REWRITES, DROPS])
+@pytest.mark.parametrize("row_format", ["multi_turn", "auto", "per_turn"])
+def test_what_others_say_is_never_trained_whatever_is_kept(loaded: Loaded, template: str, row_format: str) -> None:
+    encoding = examine(
+        loaded, ASKED, template, row_format=row_format, unlawful="keep", off_prompt="keep", altered="keep"
+    )
+    counted(encoding)
+    for row in encoding.rows:
+        assert OTHERS not in trained(row)
+        for turn in {int(i) for i in row.turns if i >= 0}:
+            said = trained(row, turn).replace("<|im_end|>", "").strip()
+            assert said.removeprefix("<think>\n\n</think>").strip() in (ASKED[turn]["content"], "redacted")
+
+
+def test_a_call_that_is_kept_off_its_prompt_is_not_sought_in_what_a_tool_says(loaded: Loaded) -> None:
+    template = OPENS.replace("{{ m.content }}", "{{ m.name }}: {{ m.content }}{% for c in m.tool_calls or [] %}"
+                             "{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %}")
+    call = {"type": "function", "function": {"name": "find", "arguments": {"n": 3}}}
+    chat = [
+        {"role": "user", "content": f"find 3 {OTHERS}"}, {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "find", "content": f"3 {OTHERS}"}, {"role": "user", "content": f"find 3, {OTHERS}"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]  # fmt: skip
+    for row_format in ("multi_turn", "auto"):
+        encoding = examine(loaded, chat, template, row_format=row_format, unlawful="keep", off_prompt="keep")
+        counted(encoding)
+        said = {trained(row, turn).strip() for row in encoding.rows for turn in (1, 4) if turn in row.turns}
+        assert said == {'find({"n": 3})<|im_end|>'}
+
+
+def test_a_stop_that_stands_in_another_message_is_not_trained_as_this_one(loaded: Loaded) -> None:
+    row, = examine(loaded, ASKED, PAST, row_format="multi_turn", unlawful="keep").rows
+    assert [trained(row, turn) for turn in (1, 3, 5)] == ["a", "It is so, indeed.", "<|im_end|>"]
+
+
+def test_unlawful_turns_are_split_and_count_where_nothing_of_them_stands(loaded: Loaded) -> None:
+    kept = examine(loaded, CHAT, REWRITES, row_format="multi_turn", unlawful="keep")
+    assert kept.outcomes == {2: "split", 4: "exact"} and not kept.untrained
+    refused = examine(loaded, CHAT, REWRITES, row_format="multi_turn")
+    assert refused.outcomes == {2: "split", 4: "exact"} and refused.untrained == {2: "split"}
+    cut = examine(loaded, CHAT, REWRITES, row_format="multi_turn", unlawful="keep", max_length=30, overflow="right")
+    counted(replace(cut, untrained={4: "truncated"}))
+
+
+def test_a_quotation_of_a_dropped_answer_is_the_user_s_text(loaded: Loaded) -> None:
+    shown = "{{ m.content if loop.last or m.role != 'assistant' else '' }}"
+    forgets = PAST.replace("<|past|>", "<|im_end|>").replace("{{ m.content }}", shown)
+    row = examine(loaded, [*ASKED[:5], {"role": "assistant", "content": "Yes."}], forgets).rows[-1]
+    places = row.messages == 4
+    assert row.decode is not None and "It is so, indeed." in row.decode(row.input_ids[places].tolist())
+    assert set(row.reasons[places].tolist()) <= {Reason.OTHER_ROLE, Reason.SCAFFOLD}
+
+
+@pytest.mark.parametrize(("pattern", "weight", "texts"), [
+    ("capital", 2.0, [" capital", " capital"]),
+    (r"\w+ is", -1.0, ["France is", "Peru is"]),
+    ("x*", 5.0, []),
+    ("Easy|capital", 0.5, ["Easy", "capital"]),
+    ("<think>", 3.0, ["<think>"]),
+    ("nothing of this", 9.0, []),
+])
+def test_every_match_of_a_pattern_is_weighed_whole(
+    loaded: Loaded, pattern: str, weight: float, texts: list[str]
+) -> None:
+    row = examine(loaded, CHAT, spans=((pattern, weight),)).rows[0]
+    assert row.decode is not None
+    weighed = row.decode(row.input_ids[row.weights == weight].tolist())
+    assert all(text.strip() in weighed for text in texts) and bool(texts) == bool(weighed)
+
+
+def test_of_two_patterns_the_later_one_holds(loaded: Loaded) -> None:
+    row = examine(loaded, CHAT, spans=((".+", 0.5), ("Paris", 2.0))).rows[0]
+    assert row.decode is not None
+    assert row.decode(row.input_ids[row.weights == 2.0].tolist()).strip() == "Paris"
+    assert {0.0, 0.5, 1.0, 2.0} == set(row.weights.tolist())
+
+
+def test_only_what_matches_is_trained_where_all_parts_are_off(loaded: Loaded) -> None:
+    row = examine(loaded, CHAT, parts=(), spans=(("Lima", 1.0),)).rows[0]
+    assert trained(row).replace("<|im_end|>", "").strip() == "Lima"
+
+
+# -- every policy, many chats -----------------------------------------------------------------------------------------
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> dict[str, Any]:
+    policy: dict[str, Any] = {
+        name: draw(st.sampled_from(CHOICES[name])) for name in ("row_format", "turns", "missing_stop", "overflow")
+    }
+    policy |= {"control_tokens": "parity", "max_length": draw(st.sampled_from([0, 1, 20, 40, 80]))}
+    if draw(st.integers(0, 3)) == 0:
+        policy["parts"] = tuple(draw(st.sets(st.sampled_from(["reasoning", "content", "calls"]))))
+    if draw(st.integers(0, 3)) == 0:
+        patterns = st.sampled_from([r"\w+", "a", "x*", "\n", "[^ ]+$", "\U0001f642"])
+        policy["spans"] = tuple(draw(st.lists(st.tuples(patterns, st.sampled_from([0.0, 2.0, -1.0])), max_size=2)))
+    return policy
+
+
+WISHES = st.sampled_from([None, True, False, 0.0, 0.5, -1.0])
+
+
+@cache
+def peer(template: str) -> tuple[Loaded, Any, str]:
+    from transformers import AutoTokenizer
+
+    text = (tokenizer_directory() / template).read_text("utf-8")
+    return load_tokenizer(tokenizer_directory()), AutoTokenizer.from_pretrained(tokenizer_directory()), text
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the oracle looks at."""
+
+    input_ids: Any
+    weights: Any
+    turns: Any
+    outcomes: Any
+
+
+@pytest.mark.parametrize("template", [PLAIN, REWRITES])
+@settings(max_examples=150)
+@given(chat=messages(), policy=policies(), wishes=st.lists(WISHES, max_size=9))
+def test_every_policy_is_lawful_and_counts_every_turn(
+    template: str, chat: list[dict[str, Any]], policy: dict[str, Any], wishes: list[Any]
+) -> None:
+    shared, tokenizer, text = peer(template)
+    for message, wish in zip(chat, wishes, strict=False):
+        message |= {} if wish is None else {"train": wish} if isinstance(wish, bool) else {"weight": wish}
+    tools = [conformance.LOOKUP] if any("tool_calls" in message for message in chat) else None
+    conversation = Conversation.from_messages(chat, tools)
+    made = ChatEncoder.load(shared, text, Policy(**policy))
+    encoding = made.examine(conversation)
+    placed = {int(i) for row in encoding.rows for i in row.turns if i >= 0}
+    partial = set(encoding.outcomes) if {"parts", "spans"} & set(policy) else set()
+    right = policy["overflow"] == "right"
+    assert not placed & set(encoding.untrained) or right
+    lonely = any(len(row) <= 1 for row in encoding.rows)
+    assert set(encoding.outcomes) <= placed | set(encoding.untrained) | partial or lonely or not encoding.rows
+    assert all(not policy["max_length"] or len(row) <= policy["max_length"] for row in encoding.rows)
+    assert all(row.untrained == encoding.untrained for row in encoding.rows)
+    assert all(OTHERS not in trained(row) for row in encoding.rows)
+    if right:
+        return
+    seen = made.rendering(conversation).messages
+    how: dict[str, Any] = {"tools": tools, "stop_ids": shared.stop_ids, "missing_stop": policy["missing_stop"]}
+    if policy["overflow"] != "window" or not policy["max_length"]:
+        how["untrained"] = set(encoding.untrained)
+        found = violations(tokenizer, text, seen, encoding.rows, partial=partial, **how)
+        # With turns cut or refused fewer rows are left than the outcomes tell of.
+        assert not [what for what in found if "one row" not in what]
+        return
+    for row in encoding.rows:
+        window = sorted({int(i) for i in row.messages if i >= 0})
+        whole = Conversation(tuple(conversation.messages[i] for i in window), conversation.tools)
+        turns = np.array([window.index(i) if i >= 0 else -1 for i in row.turns])
+        inside = {window.index(i) for i in window if i in {int(j) for j in row.turns}}
+        outcomes = ChatEncoder.load(shared, text, Policy(control_tokens="parity")).examine(whole).outcomes
+        shown = Shown(row.input_ids, row.weights, turns, outcomes)
+        out = {i for i, m in enumerate(whole.messages) if m.role == "assistant" and i not in inside}
+        how |= {"partial": set(range(len(window))) if partial else set(), "untrained": out if not partial else ()}
+        found = violations(tokenizer, text, made.rendering(whole).messages, [shown], **how)
+        assert not [what for what in found if "one row" not in what], found
+
+
+@pytest.mark.parametrize("overflow", CHOICES["overflow"])
+def test_a_row_of_exactly_the_limit_fits(loaded: Loaded, overflow: str) -> None:
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    n = len(examine(loaded, chat).rows[0])
+    for length in (1, 2, n - 1, n, n + 1, 1000):
+        encoding = examine(loaded, chat, max_length=length, overflow=overflow)
+        assert bool(encoding.untrained) == (length < n)
+        assert bool(encoding.rows) == (length >= n or overflow == "right")
+        assert all(len(row) <= length for row in encoding.rows)

@@ -167,6 +167,8 @@ EXHAUSTING = {
     "a large range": "{% for i in range(10 ** 12) %}{% endfor %}",
     "a large range as a list": "{% for i in range(99999) %}{% set x = range(99999) | list %}{% endfor %}",
     "a sought item of a large range": "{% for i in range(99999) %}{{ 1.5 in range(99999) }}{% endfor %}",
+    "many prefixes compared": "{% set many = ('x',) * 1000000 %}" + often("{{ 'abc'.startswith(many) }}"),
+    "many letters stripped": BIG + often("{{ 'abc'.strip(big) }}"),
     "much searched": BIG + often("{{ 'y' in big }}"),
     "much compared": BIG + "{% set twin = 'x' * 10000000 %}" + often("{{ big == twin }}"),
     "much copied": BIG + often("{{ big[1:] | length }}"),

@@ -52,7 +52,8 @@ def responses(text: str, markers: Markers, where: str = "") -> list[tuple[int, i
 
     Raises `DataError` where a marker never occurs, or where a quoted marker makes the structure ambiguous: one that
     begins a line here and stands inside a line there (a marker given with a newline before it only counts at line
-    starts), two response markers without an instruction between them, a stop without a header.
+    starts), two response markers without an instruction between them, a response without the stop that others have, a
+    stop without a header.
 
     >>> responses("### Q: a\\n### A: b\\n### Q: c\\n### A: d", Markers("all", "### A:", "### Q:"))
     [(15, 18), (33, 35)]
@@ -72,7 +73,8 @@ def responses(text: str, markers: Markers, where: str = "") -> list[tuple[int, i
 
 
 def _between(text: str, markers: Markers, found: list[int], starts: list[int], where: str) -> list[tuple[int, int]]:
-    questions = _structural(text, markers.instruction, where)
+    lines = any(text[at - 1] == "\n" for at in found if at)
+    questions = _structural(text, markers.instruction, where, lines)
     if not questions:
         what = f"the instruction marker {markers.instruction!r} does not occur"
         raise DataError(what, where=where, hint="check its spelling; every row needs one", kind="marker")
@@ -84,6 +86,12 @@ def _between(text: str, markers: Markers, found: list[int], starts: list[int], w
     for at, start in zip(found, starts, strict=True):
         end = next((q for q in questions if q > at), len(text))
         spans.append(_ended(text, _line_begun(text, start), end, markers))
+    stop = markers.stop.rstrip("\n")
+    asked = [text[at:behind] for (at, kind), (behind, _) in pairwise(order) if kind == "instruction"]
+    answered = [text[a:b] for a, b in spans]
+    for kind, stretches in (("instruction", asked), ("response", answered if stop in answered[-1] else answered[:-1])):
+        if stop and len({stop in stretch for stretch in stretches}) > 1:  # the last response alone may be cut off
+            _ambiguous(f"one {kind} holds {stop!r} and another does not: somebody quotes the markers", found[0], where)
     return spans
 
 
@@ -118,30 +126,26 @@ def _ambiguous(what: str, at: int, where: str) -> NoReturn:
     raise DataError(f"{what} (character {at})", where=where, hint=_EDIT, kind="marker")
 
 
-def _structural(text: str, marker: str, where: str) -> list[int]:
+def _structural(text: str, marker: str, where: str, lines: bool = False) -> list[int]:
     """Where `marker` stands as structure: at line starts if it is given with a newline in front, else anywhere.
 
     A marker that begins a line here and stands in the middle of one there is quoted in one of the two places; which,
-    only the user can say.
+    only the user can say. Where the text begins, a line begins too, but that only tells something if other markers
+    begin `lines`.
     """
     bare = marker.strip("\n")
     found, at = [], text.find(bare)
     while at >= 0:
         found.append(at)
         at = text.find(bare, at + len(bare))
-    begin = [at for at in found if _begins_line(text, at)]
+    begin, inside = ([at for at in found if (not at or text[at - 1] == "\n") == wanted] for wanted in (True, False))
     if marker.startswith("\n"):
         return begin
-    if begin and len(begin) < len(found):
-        quoted = next(at for at in found if at not in begin)
-        what = f"the marker {bare!r} begins a line in one place and stands inside a line in another ({quoted})"
+    if inside and any(lines or at > 0 for at in begin):
+        what = f"the marker {bare!r} begins a line in one place and stands inside a line in another ({inside[0]})"
         hint = f"give it as {chr(92)}n{bare} if it always begins a line, or edit the row"
         raise DataError(what, where=where, hint=hint, kind="marker")
     return found
-
-
-def _begins_line(text: str, at: int) -> bool:
-    return at == 0 or text[at - 1] == "\n"
 
 
 def _line_begun(text: str, at: int) -> int:

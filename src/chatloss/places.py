@@ -40,7 +40,10 @@ def _end_by_text(rendering: Rendering, text: str, at: int, index: int, prefix: s
         words = text[max(found[-1][0], end - SHORT) : end]
         behind = prefix.rfind(words) if prefix else -1
         return end + _common(prefix[behind + len(words) :], text[end:]) if prefix and behind >= 0 else end
-    return at if fields else max(at, _common(prefix or "", text))
+    if not fields:
+        return max(at, _common(prefix or "", text))
+    prompt = rendering.prompt(index) or ""  # of a message that is dropped the header may be left
+    return max(at, len(prompt)) if text.startswith(prompt) else at
 
 
 def _goes_on(rendering: Rendering, text: str, at: int, index: int) -> bool:
@@ -58,14 +61,15 @@ def standing(rendering: Rendering, index: int, base: Turn) -> Located:
     engine, before, text = rendering.prompt(base.index), rendering.prompt(index), base.prompt
     # A turn that is kept off its prompt has a row of its own rendering.
     view = View(rendering, base.index, True) if text == engine else View(rendering, base.index + 1, False)
-    start = len(before) if before is not None and text.startswith(before) else 0
+    known = before is not None and text.startswith(before)
+    start = len(before or "") if known else view.last_text(index)
     found = [place for place in view.shown(index, start) if place[1] <= len(text)]
-    if not found and not start:
+    if not found and not known:
         return []
     at = found[-1][1] if found else start
     limit = min(view.next_text(index, at), len(text))
     stop = rendering.stops.end(text[:limit], at)
-    starts = [stop - len(known) for known in rendering.stops.texts if text.endswith(known, at, stop)] if stop else []
+    starts = [stop - len(end) for end in rendering.stops.texts if text.endswith(end, at, stop)] if stop else []
     if stop is None or control_texts(text[at : min(starts)]):  # that is the stop of another message
         return found
     return [*found, (at, stop, Reason.STOP)]

@@ -161,7 +161,8 @@ class Rendering:
     def _off_prompt(self, index: int, prompt: str, own: str) -> Turn:
         at = next((i for i, (a, b) in enumerate(zip(prompt, own, strict=False)) if a != b), min(len(prompt), len(own)))
         detail = f"the prompt has {prompt[at : at + 24]!r} where the rendering has {own[at : at + 24]!r}"
-        found = View(self, index + 1, False).shown(index, 0)
+        view = View(self, index + 1, False)
+        found = view.shown(index, view.last_text(index))
         if not found:
             return Turn(index, "off_prompt", detail=detail, engine_prompt=prompt)
         # What "keep" would train: the fields where they stand, through the stop.
@@ -262,6 +263,15 @@ class View:
             elif not isinstance(place, Missing) and place[0] >= at:
                 found.append((*place, field.reason))
         return found
+
+    def last_text(self, index: int) -> int:
+        """Where the text of the last message before `index` ends that has one."""
+        for earlier in reversed(range(index)):
+            for field in reversed(fields_of(self.rendering.conversation.messages[earlier])):
+                place = self.place(earlier, field)
+                if field.reason == Reason.CONTENT and isinstance(place, tuple):
+                    return place[1]
+        return 0
 
     def next_text(self, index: int, at: int) -> int:
         """Where behind `at` the text of a message after `index` begins."""

@@ -73,6 +73,7 @@ class _Count(NodeTransformer):
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
         if not isinstance(node.arg, nodes.Slice):
+            node.arg = node.arg if _constant(node.arg) else _filter(_WEIGHED, node.arg)
             return node
         limits = (node.arg.start, node.arg.stop, node.arg.step)
         return _filter(_SLICED, node.node, *(nodes.Const(None) if limit is None else limit for limit in limits))
@@ -174,6 +175,10 @@ _SLOW = frozenset("striptags wordwrap urlize title wordcount".split())
 _WIDTHS = {"center": (1, "width"), "indent": (1, "width"), "batch": (1, "linecount"), "slice": (1, "slices"),
            "round": (1, "precision"), "tojson": (2, "indent")}
 _WIDE_METHODS = frozenset("ljust rjust center zfill expandtabs to_bytes".split())
+# What is done to texts so short that neither the result nor the time it takes need be counted.
+_SHORT = 1024
+_PLAIN_METHODS = frozenset("strip lstrip rstrip startswith endswith split rsplit upper lower title capitalize".split())
+_PLAIN_FILTERS = frozenset("trim string safe upper lower length default d tojson".split())
 _NUMERIC_TESTS = frozenset("odd even divisibleby".split())
 _READING_TESTS = frozenset("== eq equalto != ne > gt greaterthan >= ge < lt lessthan <= le in lower upper".split())
 
@@ -212,7 +217,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return _Count().visit(tree)  # type: ignore[no-any-return]
 
     def _finalize(self, value: Any) -> str:
-        return self.meter.write(value if isinstance(value, str) else self._text(value))
+        return self.meter.write(value if type(value) is str else self._text(value))
 
     def _text(self, value: Any) -> str:
         return value if isinstance(value, str) else str(self.meter.weighed(value))
@@ -226,9 +231,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(value, list | tuple | str):
             self.meter.tick(len(value) >> 8)
         return self.meter.spend(value[slice(*limits)])
-
-    def getitem(self, obj: Any, argument: Any) -> Any:
-        return super().getitem(obj, self.meter.weighed(argument) if isinstance(argument, tuple) else argument)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         if super().wrap_str_format(value) is None:
@@ -250,6 +252,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         __self.meter.tick(4)
         owner = getattr(__obj, "__self__", None)
+        plain = type(owner) is str and len(args) < 2 and __obj.__name__ in _PLAIN_METHODS
+        if plain and all(type(text) is str and len(text) < _SHORT for text in (owner, *args)):
+            return super().call(__context, __obj, *args, **kwargs)
         if isinstance(owner, str | bytes | int | list | tuple | dict | _SafeDict):
             args = __self._before_method(owner, __obj.__name__, args, kwargs)
         return __self.meter.spend(super().call(__context, __obj, *args, **kwargs))
@@ -276,6 +281,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return args
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and type(left) is type(right) is str and len(left) + len(right) < _SHORT:
+            return left + right
         self.meter.operated(operator, left, right)
         return self.meter.spend(super().call_binop(context, operator, left, right))
 
@@ -314,9 +321,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _bounded(self, name: str, function: Callable[..., Any], before: Before) -> Callable[..., Any]:
         own = 1 if hasattr(function, "jinja_pass_arg") else 0  # the first argument is jinja's then
+        plain = name in _PLAIN_FILTERS
 
         def bounded(*args: Any, **kwargs: Any) -> Any:
             self.meter.tick(2)
+            if plain and len(args) == own + 1 and type(args[own]) is str and len(args[own]) < _SHORT:
+                return function(*args, **kwargs)
             given = list(args[own:])
             before(name, given, kwargs)
             return self.meter.spend(function(*args[:own], *given, **kwargs))
