@@ -1,7 +1,6 @@
 """Trained tokens per second and peak memory beside TRL and transformers: ``python -m benchmarks.training``.
 
-The same model, the same rows (real tool chats, encoded once by chatloss), float32, AdamW, no gradient checkpointing,
-one
+The same model, the same rows (real tool chats, encoded once by chatloss), float32, AdamW, no gradient checkpointing, one
 process after another. Every contender runs in a process of its own; the first step is not counted. A row is
 ``contender: trained tokens / s, the same per CPU second, peak memory, share of computed tokens that are no padding``.
 """
@@ -39,7 +38,7 @@ def rows(pair: str, data: str, count: int, longest: int) -> tuple[list[Any], int
     return list(islice(fitting, count)), encoder.tokens.size
 
 
-def run_chatloss(examples: list[Any], vocab: int, micro: int, steps: int, threads: int, packed: bool) -> dict[str, Any]:
+def run_chatloss(examples: list[Any], vocab: int, micro: int, steps: int, packed: bool) -> dict[str, Any]:
     from chatloss.config import Recipe
     from chatloss.trainer import train
 
@@ -65,7 +64,7 @@ def run_chatloss(examples: list[Any], vocab: int, micro: int, steps: int, thread
 
 
 def run_trainer(
-    examples: list[Any], vocab: int, micro: int, steps: int, threads: int, kind: str, batch: int
+    examples: list[Any], vocab: int, micro: int, steps: int, kind: str, batch: int
 ) -> dict[str, Any]:
     import datasets
     import transformers
@@ -178,7 +177,7 @@ def one(contender: str, arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(arguments.threads)
     examples, vocab = rows(arguments.pair, arguments.data, arguments.examples, arguments.micro_tokens)
     who, _, how = contender.partition(" ")
-    common = (examples, vocab, arguments.micro_tokens, arguments.steps, arguments.threads)
+    common = (examples, vocab, arguments.micro_tokens, arguments.steps)
     if who == "chatloss":
         return run_chatloss(*common, how == "packed")
     return run_trainer(*common, "transformers" if who == "transformers" else how, arguments.batch)

@@ -27,6 +27,7 @@ LAYOUTS = st.builds(
 
 @given(lengths=LENGTHS, layout=LAYOUTS)
 def test_every_document_is_in_exactly_one_micro_batch_and_bounds_hold(lengths: list[int], layout: Layout) -> None:
+    # accelerate#2316: a tail filled up with duplicated rows; nothing here is ever computed twice.
     plan = layout.plan(lengths)
     flat = [i for rank in plan for group in rank for pack in group for i in pack]
     assert sorted(flat) == list(range(len(lengths)))
@@ -99,6 +100,7 @@ def test_positions_restart_and_targets_stay_inside_their_document() -> None:
 
 
 def test_the_weights_of_a_batch_are_those_of_its_rows_whatever_the_layout() -> None:
+    # nanochat#582: packing lost the mask.
     reduction = Reduction.parse("turn")
     examples = chats(9)
     weights = [reduction.of_example(rows) for rows in examples]

@@ -127,6 +127,15 @@ def test_the_first_token_of_a_row_has_no_target_and_is_in_no_denominator() -> No
     np.testing.assert_allclose(done.weights[0][1:], 1 / 9)
 
 
+def test_the_stop_is_in_the_sum_and_in_the_length() -> None:
+    # PaddleFormers#4908: EOS out of the sum, but in the length.
+    [whole] = chat([(3, 5)], seed=1)
+    done = Reduction.parse("turn").of_example([whole])
+    stop = int(np.flatnonzero(whole.reasons == Reason.STOP)[0])
+    assert done.weights[0][stop] == 1 / 5
+    assert done.weights[0].sum() == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_of_one_change_nothing_and_zero_means_not_trained(name: str) -> None:
     plain = Reduction.parse(name).of_example(chat([(3, 5), (2, 7)], seed=1))

@@ -52,6 +52,8 @@ def chatloss_gradient(
     return result, gradient_of(model)
 
 
+# transformers#45305, #35856, #37766, trl#2615, #3938, ms-swift#10116, verl#3994: divided twice, not at all, or by the
+# number of micro-batches.
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_the_gradient_is_the_definitions_under_every_partition_in_float64(family: str) -> None:
     model, examples = tiny(FAMILIES[family]), chats(9)

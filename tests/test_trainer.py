@@ -174,6 +174,7 @@ def test_a_step_that_trains_nothing_is_skipped_and_counted(tmp_path: Path) -> No
     examples = [*chats(2), *[chat([(3, 4)], seed=100 + i, weights=[0.0]) for i in range(4)]]
     result = run(tmp_path / "a", examples, batch={"examples": 1}, run={"epochs": 1})
     assert (result.steps, result.skipped) == (6, 4)
+    assert result.notes == ("4 of 6 conversations train nothing and count in no mean",)
     assert sum(r["skipped"] for r in records(result, "step")) == 4
 
 

@@ -127,7 +127,7 @@ def _sink(name: str, directory: Path) -> Any:
 
             module = importlib.import_module(name)
             run = module.init(project="chatloss", name=directory.name)
-            return lambda numbers, step: run.log(numbers) if step >= 0 else run.finish()
+            return lambda numbers, step: run.log(numbers, step=step) if step >= 0 else run.finish()
     except ImportError as error:
         raise RecipeError(
             f"logger {name!r} is not installed ({error})", where="run.log", hint=f"pip install {name}"

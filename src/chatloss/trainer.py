@@ -106,6 +106,9 @@ class _Run:
         if len(set(world.gather(self.survey.digest))) > 1:
             raise RecipeError("the ranks do not hold the same examples", where="data.train")
         self.total = self._total_steps()
+        nothing = self.survey.trained.count(0)
+        if nothing:
+            self.notes.append(f"{nothing} of {len(examples)} conversations train nothing and count in no mean")
         self.resumed, self.state = self._begin() if fresh else self._continue()
         self.loss = self._token_loss(load_model(recipe, self.resumed, vocab_size))
         whole = getattr(self.loss.inner, "_no_split_modules", None) or ()
