@@ -24,7 +24,7 @@ ORDER = [
     # edges
     "sft", "runs", "view", "page", "findings", "switches", "probes", "describe_turns", "describe_fields", "describe",
     "causes", "audit", "tally", "check_report", "check", "compare_shares", "compare_report", "compare", "demo",
-    "options", "cli", "__main__", "__init__",
+    "options", "commands", "cli", "__main__", "__init__",
 ]  # fmt: skip
 CORE = {*ORDER[: ORDER.index("loss")], *ORDER[ORDER.index("runs") :]}  # all but what trains
 # Known only to functions, so that the encoder and its window can speak of each other.

@@ -1,0 +1,1 @@
+"""One file per family of commands: thin, with heavy imports inside functions."""
