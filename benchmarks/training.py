@@ -1,7 +1,7 @@
 """Trained tokens per second and peak memory beside TRL and transformers: ``python -m benchmarks.training``.
 
-The same model, the same rows (real tool chats, encoded once by chatloss), float32, AdamW, no gradient checkpointing, one
-process after another. Every contender runs in a process of its own; the first step is not counted. A row is
+The same model, the same rows (real tool chats, encoded once by chatloss), float32, AdamW, no gradient checkpointing,
+one process after another. Every contender runs in a process of its own; the first step is not counted. A row is
 ``contender: trained tokens / s, the same per CPU second, peak memory, share of computed tokens that are no padding``.
 """
 
