@@ -153,6 +153,21 @@ def test_weights_under_a_reduction_must_fit_the_rows() -> None:
     assert data["rows"][0]["w"] == [[8, 0.0, 10, 0.5]]
 
 
+def test_the_mask_of_another_tool_stands_beside_ours() -> None:
+    data = data_of(page([chat([7]), chat([8])], peer_weights={1: np.arange(10) > 6}, peer_name="TRL"))
+    assert data["peer"] == "TRL" and data["rows"][1]["l"] == [7, 0.0, 10, 1.0] and "l" not in data["rows"][0]
+    assert data_of(page([chat([7])]))["peer"] is None
+
+
+def test_the_mask_of_another_tool_must_fit_the_rows() -> None:
+    with pytest.raises(ValueError, match=r"peer_weights\[0\] has shape \(3,\) for a row of 10 tokens"):
+        page([chat([7])], peer_weights={0: [1, 0, 1]})
+    with pytest.raises(ValueError, match="peer_weights has a row 1, but there are 1"):
+        page([chat([7])], peer_weights={1: np.ones(10)})
+    with pytest.raises(ValueError, match=r"peer_weights\[0\] has a weight that is not a finite number"):
+        page([chat([7])], peer_weights={0: np.full(10, np.nan)})
+
+
 def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "out.html"
     write_page(path, [chat([7])], title="the old page")

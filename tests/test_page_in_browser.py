@@ -202,6 +202,38 @@ def test_a_link_leads_to_its_row_even_if_it_was_filtered_out(opened: Any) -> Non
     until(window, "document.querySelector('.current').id === 'row-7' && !document.querySelector('#row-7').hidden")
 
 
+def test_two_masks_side_by_side_show_and_count_every_difference(opened: Any) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+
+    rows = [chat([7, 8, 9, 10], f"a.jsonl:{i}") for i in range(1, 5)]  # trains tokens 8 to 12
+    late, double = np.roll(rows[0].weights, 1), rows[1].weights * np.where(np.arange(13) == 9, 2, 1)
+    window = opened(rows, peer_weights={0: late, 1: double, 2: rows[2].weights}, peer_name="TRL")
+
+    def texts(selector: str) -> list[str]:
+        return [node.text for node in window.find_elements(By.CSS_SELECTOR, selector)]
+
+    assert texts(".agree") == ["only chatloss 1, only TRL 1, both 4", "other weight 1, both 4", "both 5", "not in TRL"]
+    assert texts(".diff") == ["only TRL", "only chatloss", "other weight"]
+    assert texts("#row-1 .t.theirs, #row-1 .t.ours") == ["<|start|>", "It"]
+    lines = "['backgroundImage', 'textDecorationLine'].map(name => getComputedStyle(document.querySelector('{}'))[name])"
+    shown = {kind: run(window, lines.replace("{}", f"#row-1 .t.{kind}")) for kind in ("both", "ours", "theirs", "none")}
+    assert len({tuple(style) for style in shown.values()}) == 4, "every kind has lines of its own, whatever the colour"
+    ActionChains(window).move_to_element(window.find_element(By.CSS_SELECTOR, "#row-2 .t.other")).perform()
+    card = window.find_element(By.ID, "card").get_attribute("textContent")
+    assert "1 (chatloss)" in card and "2 (TRL)" in card and "other weight" in card
+    for label in window.find_elements(By.CSS_SELECTOR, ".pick"):
+        if label.text.startswith("that differ"):
+            label.click()
+    assert visible_rows(window) == ["row-1", "row-2"]
+    press(window, "d", "d")
+    assert run(window, "document.activeElement.textContent") == "It"
+    press(window, "d")
+    assert run(window, "document.activeElement.closest('.row').id") == "row-2"
+    press(window, "D", "D")
+    assert run(window, "document.activeElement.className").endswith("theirs")
+
+
 def test_hostile_content_is_shown_and_does_nothing(opened: Any) -> None:
     text = "</script><img src=x onerror='window.hacked=1'><svg onload=hacked=1> \u202egnp.exe\u2069 \x1b[2J {{data}} "
     text += "<!-- \u2028 a\u200db"

@@ -25,7 +25,7 @@ from chatloss.view import OUTCOMES, visible
 __all__ = ["Section", "page", "write_page"]
 
 _ASSETS = Path(__file__).parent / "assets"
-_SCRIPTS = ("page_rows.js", "page_filters.js", "page.js")
+_SCRIPTS = ("page_rows.js", "page_peer.js", "page_filters.js", "page.js")
 _LONGEST = 2000
 _REJECTS = 1000
 
@@ -45,6 +45,7 @@ def page(
     roles: Mapping[str, Sequence[str]] | None = None, summary: Mapping[str, object] | None = None,
     findings: Iterable[object] = (), rejects: Iterable[object] = (), sections: Iterable[Section] = (),
     weights_by_reduction: Mapping[str, Sequence[npt.ArrayLike]] | None = None,
+    peer_weights: Mapping[int, npt.ArrayLike] | None = None, peer_name: str = "labels",
 ) -> str:
     """The rows as one self-contained HTML document that makes no network request and runs only its own script.
 
@@ -52,7 +53,9 @@ def page(
     its conversation's messages. `summary` adds words to the line under the title. A finding is an object or mapping
     with severity, cause, count, example, remedy and, if it can say so, rows (sources); a reject one with where, what
     and hint, as errors have them. `weights_by_reduction[name][i]` are the weights [n] of row i, in units of the loss.
-    Raises `ValueError` where those do not fit the rows.
+    `peer_weights[i]` are the weights [n] that another tool gives the tokens of row i (0 = not trained): both masks are
+    shown, and where they differ; `peer_name` is what that tool is called. Rows it has nothing for are left alone.
+    Raises `ValueError` where weights do not fit the rows.
 
     >>> from chatloss.sample import Span
     >>> row = Sample(np.array([7, 8], np.int32), (Span(0, 2, 0, 1.0, Reason.CONTENT),), {0: "exact"}, "a.jsonl:1")
@@ -65,7 +68,8 @@ def page(
     for i, sample in enumerate(rows):
         by_source.setdefault(sample.source, []).append(i)
     data = {
-        **_rows(rows, decode, roles or {}, weights_by_reduction or {}),
+        **_rows(rows, decode, roles or {}, weights_by_reduction or {}, peer_weights or {}),
+        "peer": None if peer_weights is None else _text(peer_name),
         "reductions": [_text(name) for name in weights_by_reduction or ()],
         "reasons": {str(int(r)): [r.name.lower(), r.explanation, r.trained] for r in Reason},
         "outcomes": OUTCOMES,
@@ -110,12 +114,14 @@ def write_page(path: str | os.PathLike[str], samples: Iterable[Sample], **option
 
 def _rows(
     samples: Sequence[Sample], decode: Decode | None, roles: Mapping[str, Sequence[str]],
-    weights: Mapping[str, Sequence[npt.ArrayLike]],
+    weights: Mapping[str, Sequence[npt.ArrayLike]], peer: Mapping[int, npt.ArrayLike],
 ) -> dict[str, Any]:
     """Rows as ranks into one table of tokens, most frequent first, and what in a row differs from that table."""
     for name, lines in weights.items():
         if len(lines) != len(samples):
             raise ValueError(f"weights_by_reduction[{name!r}] has {len(lines)} rows, but there are {len(samples)}")
+    if beyond := sorted(set(peer) - set(range(len(samples)))):
+        raise ValueError(f"peer_weights has a row {beyond[0]}, but there are {len(samples)}")
     ids = np.concatenate([np.empty(0, np.int32), *(sample.input_ids for sample in samples)])
     unique, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
     order = np.argsort(-counts, kind="stable")
@@ -138,8 +144,10 @@ def _rows(
             "s": _text(sample.source), "k": tokens, "x": odd,
             "p": [value for s in sample.spans for value in (s.end, s.message, s.weight, int(s.reason))],
             "o": [[turn, _text(outcome)] for turn, outcome in {**sample.outcomes, **sample.untrained}.items()],
-            "w": [_steps(lines[i], sample, name) for name, lines in weights.items()],
+            "w": [_steps(lines[i], sample, f"weights_by_reduction[{name!r}]") for name, lines in weights.items()],
         }
+        if i in peer:
+            row["l"] = _steps(peer[i], sample, f"peer_weights[{i}]")
         if sample.source in roles:
             row["m"] = [_text(role) for role in roles[sample.source]]
         out.append(row)
@@ -152,7 +160,9 @@ def _steps(weights: npt.ArrayLike, sample: Sample, name: str) -> list[float]:
     values = np.asarray(weights, np.float64)
     if values.shape != (len(sample),):
         where = f"{len(sample)} tokens ({sample.source})"
-        raise ValueError(f"weights_by_reduction[{name!r}] has shape {values.shape} for a row of {where}")
+        raise ValueError(f"{name} has shape {values.shape} for a row of {where}")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} has a weight that is not a finite number ({sample.source})")
     ends = [*(np.flatnonzero(np.diff(values)) + 1).tolist(), *([len(values)] if len(values) else [])]
     return [number for end in ends for number in (end, float(values[end - 1]))]
 

@@ -56,6 +56,27 @@ function trained(by) {
   for (let i = here + by; i >= 0 && i < runs.length; i += by) if (starts(i) && runs[i].span !== span) return goToken(i);
 }
 
+/** The next or previous stretch on which the masks differ, in this row or the nearest that has one. */
+function difference(by) {
+  if (D.peer === null) return;
+  const list = shownRows(), from = current && !current.node.hidden ? list.indexOf(current) : by > 0 ? -1 : list.length;
+  const state = current && current.state, node = document.activeElement.run && document.activeElement;
+  const here = from >= 0 && node && state ? state.nodes.indexOf(node) : by > 0 ? -1 : Infinity;
+  for (let r = Math.max(0, from); r >= 0 && r < list.length; r += by) {
+    if (!list[r].different) continue;
+    draw(list[r]);
+    const { runs } = list[r].state;
+    const starts = (i) => DIFFERENT.includes(runs[i].kind) && (i === 0 || runs[i - 1].kind !== runs[i].kind);
+    const first = list[r] !== current ? (by > 0 ? 0 : runs.length - 1) : Math.min(here + by, runs.length - 1);
+    for (let i = first; i >= 0 && i < runs.length; i += by) {
+      if (!starts(i)) continue;
+      if (list[r] !== current) go(list[r]);
+      goToken(i);
+      return;
+    }
+  }
+}
+
 function place(node) {
   const card = $("card"), box = node.getClientRects()[0];
   if (!box) return;
@@ -78,7 +99,11 @@ function describe(node) {
   const line = (term, ...text) => list.append(el("dt", {}, term), el("dd", {}, ...text));
   line(ids.length > 1 ? "ids" : "id", ids.join(" + "));
   line("reason", el("span", { class: `swatch ${name} ${run.weight ? "on" : "off"}` }, words(name)));
-  line("weight", String(run.weight));
+  if (run.kind) {
+    line("weight", `${run.weight} (chatloss)`);
+    line("", `${run.theirs} (${D.peer})`);
+    line("masks", el("span", { class: DIFFERENT.includes(run.kind) ? "odd" : "" }, KINDS[run.kind]));
+  } else line("weight", String(run.weight));
   D.reductions.forEach((reduction, r) => line(`weight (${reduction})`, weightUnder(row, r, run.start).toPrecision(3)));
   if (run.message >= 0) line("message", `#${run.message}`, role ? show(el("span"), " " + role) : "", outcome ? `, ${words(outcome)}` : "");
   line("place", `${count(run.start + 1)} of ${count(row.n)}`);
@@ -153,6 +178,7 @@ $("search").addEventListener("input", () => {
 const KEYS = {
   j: () => step(1), k: () => step(-1), Home: () => go(shownRows()[0]), End: () => go(shownRows().at(-1)),
   ArrowRight: () => token(1), ArrowLeft: () => token(-1), n: () => trained(1), p: () => trained(-1),
+  d: () => difference(1), D: () => difference(-1),
   w: () => toggles.space(), i: () => toggles.ids(), r: () => toggles.reasons(), e: () => toggles.weights(),
   c: clear, t: nextTheme, "/": () => $("search").select(), "?": () => $("help").showModal(),
   Escape: () => { if (document.activeElement.run) current.node.focus({ preventScroll: true }); hideCard(); },
@@ -197,6 +223,10 @@ function sidebar() {
   const outcomes = [...tally((row) => row.outcomes)];
   if (outcomes.length) picks("outcome", "Rows with turns that are", outcomes.map(([name, n]) => [
     name, el("span", { class: "label" }, el("span", { class: FINE.includes(name) ? "" : "odd" }, words(name))), n, D.outcomes[name]]));
+  if (D.peer !== null) {
+    const kept = Object.entries(KIND_FILTERS).map(([name, [title, test]]) => [name, el("span", { class: "label" }, title), rows.filter(test).length]);
+    picks("peer", `Rows beside ${D.peer}`, kept.filter(([, , n]) => n));
+  }
   const sources = [...tally((row) => [fileOf(row)])];
   if (sources.length > 1) picks("source", "From", sources.slice(0, 30).map(([name, n]) => [name, show(el("span", { class: "label" }), name), n, name]));
 }

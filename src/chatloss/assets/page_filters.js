@@ -1,6 +1,6 @@
 // What stands beside and above the rows: filters, plots whose bars filter, findings, rejects, further sections.
 
-const filters = { reason: new Set(), outcome: new Set(), source: new Set(), plots: {}, finding: null };
+const filters = { reason: new Set(), outcome: new Set(), source: new Set(), peer: new Set(), plots: {}, finding: null };
 const plots = [];
 const fileOf = (row) => row.s.replace(/:\d+$/, "");
 
@@ -8,6 +8,7 @@ function matches(row, skip) {
   if (filters.reason.size && ![...filters.reason].some((reason) => row.reasons.has(reason))) return false;
   if (filters.outcome.size && ![...filters.outcome].some((outcome) => row.outcomes.has(outcome))) return false;
   if (filters.source.size && !filters.source.has(fileOf(row))) return false;
+  if (filters.peer.size && ![...filters.peer].some((name) => KIND_FILTERS[name][1](row))) return false;
   if (filters.finding && !filters.finding.rows.includes(row.index)) return false;
   for (const [name, bin] of Object.entries(filters.plots)) if (name !== skip && row.bins[name] !== bin) return false;
   if (!query) return true;
@@ -36,6 +37,7 @@ function chips() {
   for (const reason of filters.reason) chip(words(D.reasons[reason][0]), () => filters.reason.delete(reason));
   for (const outcome of filters.outcome) chip("turns " + words(outcome), () => filters.outcome.delete(outcome));
   for (const source of filters.source) chip(source, () => filters.source.delete(source));
+  for (const name of filters.peer) chip("rows " + KIND_FILTERS[name][0], () => filters.peer.delete(name));
   for (const plot of plots) {
     const bin = filters.plots[plot.name];
     if (bin !== undefined) chip(plot.labels[bin], () => delete filters.plots[plot.name]);
@@ -61,7 +63,7 @@ function search(text) {
 }
 
 function clear() {
-  for (const kind of ["reason", "outcome", "source"]) filters[kind].clear();
+  for (const kind of ["reason", "outcome", "source", "peer"]) filters[kind].clear();
   filters.plots = {};
   filters.finding = null;
   search("");
@@ -213,6 +215,7 @@ function curve(points) {
 }
 
 function panels() {
+  if (D.peer !== null) legend();
   for (const part of D.sections) {
     panel(part.title, null, true, part.text ? show(el("div", { class: "prose" }), part.text) : null,
       part.curve.length ? curve(part.curve) : null, part.table.length ? table(part.table[0], part.table.slice(1)) : null);

@@ -67,6 +67,7 @@ function runsOf(row) {
     while (p[span] <= at) span += 4;
     out.push({ start: at, end, text, span, message: p[span + 1], weight: p[span + 2], reason: p[span + 3] });
   }
+  compare(row, out);
   return out;
 }
 
@@ -114,11 +115,14 @@ const CHUNK = 1500; // tokens of one row drawn at a time
 let query = "";
 
 function strip(row) {
-  const svg = el("svg:svg", { class: "strip", viewBox: `0 0 ${row.n} 1`, preserveAspectRatio: "none", "aria-hidden": "true" });
+  const ours = row.l ? 1.4 : 0; // the other tool's lane is above
+  const svg = el("svg:svg", { class: row.l ? "strip two" : "strip", viewBox: `0 0 ${row.n} ${ours + 1}`, preserveAspectRatio: "none",
+    "aria-hidden": "true" });
+  if (row.l) lane(row, svg);
   for (let s = 0, start = 0; s < row.p.length; start = row.p[s], s += 4) {
     if (!row.p[s + 2]) continue;
     const name = D.reasons[row.p[s + 3]][0];
-    svg.append(el("svg:rect", { class: name, x: start, y: 0, width: row.p[s] - start, height: 1 }));
+    svg.append(el("svg:rect", { class: name, x: start, y: ours, width: row.p[s] - start, height: 1 }));
   }
   return svg;
 }
@@ -137,14 +141,14 @@ function turns(row) {
 function draw(row) {
   if (row.state) return;
   const id = `row-${row.index + 1}`;
-  row.state = { runs: runsOf(row), nodes: [], next: 0, span: -1, message: null };
+  row.state = { runs: runsOf(row), nodes: [], next: 0, span: -1, message: null, kind: "none" };
   row.state.hits = hitsOf(row, query);
   const source = show(el("span"), row.s);
   row.node.replaceChildren(
     el("div", { class: "rowhead" },
       el("h3", { id: id + "-name" }, el("a", { href: "#" + id, "aria-label": `Link to row ${row.index + 1}` }, `${row.index + 1}`), source),
       el("span", {}, `${plural(row.n, "token")}, ${count(row.trained)} trained (${percent(row.trained, row.n)})`),
-      turns(row)),
+      D.peer === null ? null : agreement(row), turns(row)),
     strip(row), el("div", { class: "msgs" }));
   row.state.list = row.node.lastChild;
   row.node.setAttribute("aria-labelledby", id + "-name");
@@ -163,6 +167,10 @@ function drawMore(row, many) {
     const run = s.runs[s.next];
     if (run.message !== s.message) openMessage(row, run);
     if (run.span !== s.span) openSpan(row, run);
+    if (run.kind && run.kind !== s.kind) {
+      s.kind = run.kind;
+      if (DIFFERENT.includes(run.kind)) s.inner.append(el("b", { class: `diff ${run.kind}` }, KINDS[run.kind]));
+    }
     s.inner.append(tokenNode(row, run, s.next));
   }
   if (!s.runs.length) s.list.append(el("p", { class: "more" }, "This row is empty."));
@@ -197,7 +205,7 @@ function openSpan(row, run) {
 
 function tokenNode(row, run, i) {
   const ids = idsOf(row, run).join("+"), stem = run.text.replace(/\n+$/, "");
-  const node = el("span", { class: i % 2 ? "t o" : "t", tabindex: "-1" });
+  const node = el("span", { class: `t${i % 2 ? " o" : ""}${run.kind ? " " + run.kind : ""}`, tabindex: "-1" });
   node.run = run;
   row.state.nodes.push(node);
   if (row.state.hits.has(i)) node.classList.add("hit");
