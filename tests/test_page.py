@@ -153,6 +153,24 @@ def test_weights_under_a_reduction_must_fit_the_rows() -> None:
     assert data["rows"][0]["w"] == [[8, 0.0, 10, 0.5]]
 
 
+def test_the_usual_reductions_are_shown_unless_others_are_given() -> None:
+    rows = [chat([7, 8, 9]), chat([10], "a.jsonl:2")]
+    data = data_of(page(rows))
+    assert data["reductions"] == ["token", "turn"], "with one turn each, conversations weigh what turns weigh"
+    assert data["rows"][0]["w"] == [[8, 0.0, 12, 1.0], [8, 0.0, 12, 0.75]]
+    assert data["rows"][1]["w"] == [[8, 0.0, 10, 1.0], [8, 0.0, 10, 1.5]]
+    assert data_of(page(rows, weights_by_reduction={}))["reductions"] == []
+    assert data_of(page([chat([7], weight=0.0)]))["rows"][0]["w"] == [[10, 0.0]]
+
+
+def test_every_turn_that_is_trained_nowhere_is_listed_or_counted() -> None:
+    rows = [chat([7], untrained={3: "truncated"}), chat([8], untrained={3: "truncated"}), chat([7], "")]
+    more = {"a.jsonl:1": {9: "altered"}, "a.jsonl:7": {i: "switched_off" if i else "split" for i in range(2001)}}
+    said = data_of(page(rows, untrained=more))["untrained"]
+    assert said["counts"] == [["switched_off", 2000], ["unlawful", 1], ["truncated", 1]]
+    assert said["list"] == [["a.jsonl:7", 0, "unlawful", -1], ["a.jsonl:1", 3, "truncated", 0]]
+
+
 def test_the_mask_of_another_tool_stands_beside_ours() -> None:
     data = data_of(page([chat([7]), chat([8])], peer_weights={1: np.arange(10) > 6}, peer_name="TRL"))
     assert data["peer"] == "TRL" and data["rows"][1]["l"] == [7, 0.0, 10, 1.0] and "l" not in data["rows"][0]

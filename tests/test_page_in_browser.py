@@ -97,6 +97,7 @@ def test_two_thousand_rows_are_there_at_once_and_scroll(opened: Any) -> None:
     rows = many(2000)
     window = opened(rows)
     first = min(float(run(opened(rows), "document.documentElement.dataset.firstRow")) for _ in range(2))
+    print(f"2,000 rows of {sum(map(len, rows)):,} tokens: first row after {first:.0f} ms")
     assert first < 1000
     assert run(window, "document.querySelectorAll('.t').length") < 30_000, "only what is near is drawn"
     run(window, "scrollTo(0, document.body.scrollHeight)")
@@ -128,7 +129,8 @@ def test_hovering_a_token_says_what_it_is_and_why(opened: Any) -> None:
 def test_the_keyboard_is_enough(opened: Any) -> None:
     window = opened(many(30))
     press(window, "j", "j")
-    assert run(window, "document.querySelector('.current').id + location.hash") == "row-2#row-2"
+    assert run(window, "document.querySelector('.current').id") == "row-2"
+    until(window, "location.hash === '#row-2'")
     press(window, "k", "n")
     assert run(window, "document.activeElement.textContent") == WORDS[many(1)[0].input_ids[8]]
     assert run(window, "document.activeElement.closest('.row').id") == "row-1"
@@ -193,6 +195,85 @@ def test_the_bars_of_the_plots_are_buttons_for_the_keyboard_too(opened: Any) -> 
     assert len(visible_rows(window)) == 60
 
 
+def test_the_address_keeps_filters_search_switches_and_row(opened: Any) -> None:
+    from selenium.webdriver.common.by import By
+
+    rows = many(40)
+    findings = [Finding("error", "odd", 1, "a.jsonl:2", ""), Finding("info", "even", 1, "b.jsonl:1", "")]
+    window = opened(rows, findings=findings)
+    for label in window.find_elements(By.CSS_SELECTOR, ".pick"):
+        if label.text.startswith(("split", "b.jsonl", "content")):
+            label.click()
+    press(window, "/", "你好<|end|> &=,%", "\ue00c", "i")
+    until(window, "document.getElementById('active').children.length === 4")
+    said = "%E4%BD%A0%E5%A5%BD%3C%7Cend%7C%3E%20%26%3D%2C%25"
+    until(window, f"location.hash === '#reason=content&outcome=split&source=b.jsonl&q={said}&show=space,ids'")
+    chips = run(window, "document.getElementById('active').textContent")
+    window.refresh()
+    assert run(window, "document.getElementById('active').textContent") == chips
+    assert run(window, "[...document.querySelectorAll('.pick input:checked')].length") == 3
+    assert run(window, "document.getElementById('search').value") == "你好<|end|> &=,%"
+    assert run(window, "document.querySelector('[data-toggle=ids]').ariaPressed") == "true"
+
+    window.find_elements(By.CSS_SELECTOR, ".finding .link")[1].click()
+    press(window, "c")
+    window.find_elements(By.CSS_SELECTOR, ".finding .link")[1].click()
+    until(window, "location.hash === '#finding=2&show=space,ids'")
+    press(window, "j")
+    until(window, "location.hash === '#row-1&finding=2&show=space,ids'")
+    window.refresh()
+    assert visible_rows(window) == ["row-1"] and run(window, "document.querySelector('.current').id") == "row-1"
+
+    bars = window.find_elements(By.CSS_SELECTOR, "[aria-label='Tokens in a row'] .bin")
+    press(window, "c", "i")
+    for bar in bars[2:4]:
+        bar.click()
+    until(window, "location.hash === '#length=2,3'")
+    shown = visible_rows(window)
+    assert 0 < len(shown) < 40
+    window.refresh()
+    assert visible_rows(window) == shown
+    run(window, "location.hash = '#nothing=1&reason=toString,constructor&length=99,-1,&finding=9&q=%E4%&row-99'")
+    until(window, "document.getElementById('search').value === '%e4%'")
+    assert run(window, "document.getElementById('active').children.length") == 1
+
+
+def test_the_rows_of_one_conversation_lead_to_each_other_and_keep_the_filters(opened: Any) -> None:
+    from selenium.webdriver.common.by import By
+
+    first, second = chat([7], outcome="split"), chat([7], outcome="split", weight=0.0)
+    window = opened([second, first, chat([8], "a.jsonl:2")])
+    press(window, "/", "a.jsonl:1", "\ue00c")
+    until(window, "document.querySelectorAll('.row:not([hidden])').length === 2")
+    window.find_element(By.CSS_SELECTOR, "#row-1 .who a").click()
+    until(window, "location.hash === '#row-2&q=a.jsonl%3A1'")
+    assert visible_rows(window) == ["row-1", "row-2"]
+
+
+def test_what_is_trained_nowhere_and_what_was_rejected_is_listed(opened: Any) -> None:
+    from selenium.webdriver.common.by import By
+
+    rows = [chat([7], untrained={3: "truncated", 5: "switched_off"}), chat([8], "a.jsonl:2", untrained={1: "split"})]
+    rejects = [DataError("content is a number", where="a.jsonl:9 messages[2].content", hint="make it text")]
+    window = opened(rows, roles={"a.jsonl:1": [*ROLES, *ROLES]}, rejects=rejects, untrained={
+        "a.jsonl:1": {7: "altered"}, "a.jsonl:4": {1: "altered"}})
+    nowhere, rejected = window.find_elements(By.CSS_SELECTOR, "details.panel")
+    for panel in (nowhere, rejected):
+        panel.find_element(By.TAG_NAME, "summary").click()
+    cells = [[cell.text for cell in row.find_elements(By.TAG_NAME, "td")]
+             for row in nowhere.find_elements(By.CSS_SELECTOR, "table:last-of-type tbody tr")]
+    assert cells == [
+        ["a.jsonl:4", "#1", "altered", "no row"], ["a.jsonl:1", "#3 assistant", "truncated", "row 1"],
+        ["a.jsonl:2", "#1 assistant", "unlawful", "row 2"],
+    ]
+    assert nowhere.find_element(By.TAG_NAME, "summary").text == "Turns trained nowhere4"
+    assert "1 switched off" in nowhere.text.replace("\n", " ")
+    said = [cell.text for cell in rejected.find_elements(By.TAG_NAME, "td")]
+    assert said == ["a.jsonl:9", "messages[2].content", "content is a number", "make it text"]
+    nowhere.find_element(By.LINK_TEXT, "row 2").click()
+    until(window, "document.querySelector('.current')?.id === 'row-2'")
+
+
 def test_a_link_leads_to_its_row_even_if_it_was_filtered_out(opened: Any) -> None:
     window = opened(many(500), "#row-417")
     place = "document.querySelector('#row-417').getBoundingClientRect().top"
@@ -216,12 +297,13 @@ def test_two_masks_side_by_side_show_and_count_every_difference(opened: Any) -> 
     assert texts(".agree") == ["only chatloss 1, only TRL 1, both 4", "other weight 1, both 4", "both 5", "not in TRL"]
     assert texts(".diff") == ["only TRL", "only chatloss", "other weight"]
     assert texts("#row-1 .t.theirs, #row-1 .t.ours") == ["<|start|>", "It"]
-    lines = "['backgroundImage', 'textDecorationLine'].map(name => getComputedStyle(document.querySelector('{}'))[name])"
-    shown = {kind: run(window, lines.replace("{}", f"#row-1 .t.{kind}")) for kind in ("both", "ours", "theirs", "none")}
+    lines = "(({backgroundImage, textDecorationLine}) => [backgroundImage, textDecorationLine])(getComputedStyle(%s))"
+    token = "document.querySelector('#row-1 .t.{}')"
+    shown = {kind: run(window, lines % token.format(kind)) for kind in ("both", "ours", "theirs", "none")}
     assert len({tuple(style) for style in shown.values()}) == 4, "every kind has lines of its own, whatever the colour"
     ActionChains(window).move_to_element(window.find_element(By.CSS_SELECTOR, "#row-2 .t.other")).perform()
     card = window.find_element(By.ID, "card").get_attribute("textContent")
-    assert "1 (chatloss)" in card and "2 (TRL)" in card and "other weight" in card
+    assert "1 in chatloss, 2 in TRL" in card and "other weight" in card
     for label in window.find_elements(By.CSS_SELECTOR, ".pick"):
         if label.text.startswith("that differ"):
             label.click()
@@ -258,6 +340,31 @@ def test_a_row_of_a_hundred_thousand_tokens_is_drawn_in_parts(opened: Any) -> No
     before = run(window, "document.querySelectorAll('#row-1 .t').length")
     run(window, "document.querySelector('.more').scrollIntoView()")
     until(window, f"document.querySelectorAll('#row-1 .t').length > {before}")
+
+
+def test_a_line_of_a_megabyte_and_half_a_character_are_shown(opened: Any) -> None:
+    rows = [text_row("x" * 1_000_000), text_row("\ud83d half\udc00", "a.jsonl:2")]
+    window = opened(rows)
+    assert float(run(window, "document.documentElement.dataset.firstRow")) < 3000
+    assert run(window, "document.querySelector('#row-1 .t').textContent.length") == 1_000_000
+    run(window, "go(rows[1])")
+    assert run(window, "document.querySelector('#row-2 .t').textContent") == "⟨U+D83D⟩ half⟨U+DC00⟩"
+    run(window, "go(rows[0]), document.querySelector('#row-1 .t').focus()")
+    assert run(window, "document.querySelector('#card .text').textContent.length") < 1000
+
+
+def test_the_page_fits_a_telephone(opened: Any) -> None:
+    text = "a" * 300
+    window = opened([*many(3), text_row(text, text)], peer_weights={0: many(1)[0].weights}, title=text)
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    window.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        assert run(window, "document.documentElement.scrollWidth") <= 390
+        assert run(window, "getComputedStyle(document.getElementById('filters')).display") == "none"
+        run(window, "document.getElementById('drawer').click()")
+        assert run(window, "getComputedStyle(document.getElementById('filters')).display") == "block"
+    finally:
+        window.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_dark_and_light_follow_the_system_and_the_switch_and_keep_contrast(opened: Any) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +19,19 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from chatloss.reduction import Reduction
 from chatloss.runs import Pieces, cut
 from chatloss.sample import Decode, Reason, Sample
 from chatloss.view import OUTCOMES, visible
 
 __all__ = ["Section", "page", "write_page"]
 
+Floats = npt.NDArray[np.float64]
+
 _ASSETS = Path(__file__).parent / "assets"
-_SCRIPTS = ("page_rows.js", "page_peer.js", "page_filters.js", "page.js")
+_SCRIPTS = tuple(f"page{part}.js" for part in ("_rows", "_peer", "_filters", "_link", "_plots", "_panels", ""))
 _LONGEST = 2000
-_REJECTS = 1000
+_LISTED = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,7 @@ def page(
     samples: Iterable[Sample], *, title: str = "chatloss", decode: Decode | None = None,
     roles: Mapping[str, Sequence[str]] | None = None, summary: Mapping[str, object] | None = None,
     findings: Iterable[object] = (), rejects: Iterable[object] = (), sections: Iterable[Section] = (),
+    untrained: Mapping[str, Mapping[int, str]] | None = None,
     weights_by_reduction: Mapping[str, Sequence[npt.ArrayLike]] | None = None,
     peer_weights: Mapping[int, npt.ArrayLike] | None = None, peer_name: str = "labels",
 ) -> str:
@@ -52,7 +57,9 @@ def page(
     `decode` defaults to each sample's own; without either ids are shown. `roles` maps a sample's source to the roles of
     its conversation's messages. `summary` adds words to the line under the title. A finding is an object or mapping
     with severity, cause, count, example, remedy and, if it can say so, rows (sources); a reject one with where, what
-    and hint, as errors have them. `weights_by_reduction[name][i]` are the weights [n] of row i, in units of the loss.
+    and hint, as errors have them. `untrained` maps a source to `Sample.untrained` for conversations that have no row.
+    `weights_by_reduction[name][i]` are the weights [n] of row i; by default those of token, turn and conversation over
+    these rows, in units of what `token` gives a token.
     `peer_weights[i]` are the weights [n] that another tool gives the tokens of row i (0 = not trained): both masks are
     shown, and where they differ; `peer_name` is what that tool is called. Rows it has nothing for are left alone.
     Raises `ValueError` where weights do not fit the rows.
@@ -67,14 +74,16 @@ def page(
     by_source: dict[str, list[int]] = {}
     for i, sample in enumerate(rows):
         by_source.setdefault(sample.source, []).append(i)
+    weights = _usual_weights(rows, by_source) if weights_by_reduction is None else weights_by_reduction
     data = {
-        **_rows(rows, decode, roles or {}, weights_by_reduction or {}, peer_weights or {}),
+        **_rows(rows, decode, roles or {}, weights, peer_weights or {}),
         "peer": None if peer_weights is None else _text(peer_name),
-        "reductions": [_text(name) for name in weights_by_reduction or ()],
+        "reductions": [_text(name) for name in weights],
         "reasons": {str(int(r)): [r.name.lower(), r.explanation, r.trained] for r in Reason},
         "outcomes": OUTCOMES,
         "summary": [[_text(name), _text(value)] for name, value in (summary or {}).items()],
         "findings": [_finding(finding, by_source) for finding in findings],
+        "untrained": _untrained(rows, by_source, untrained or {}),
         "rejects": _rejects(list(rejects)),
         "sections": [
             {
@@ -143,7 +152,7 @@ def _rows(
         row = {
             "s": _text(sample.source), "k": tokens, "x": odd,
             "p": [value for s in sample.spans for value in (s.end, s.message, s.weight, int(s.reason))],
-            "o": [[turn, _text(outcome)] for turn, outcome in {**sample.outcomes, **sample.untrained}.items()],
+            "o": [[turn, _text(outcome)] for turn, outcome in {**sample.outcomes, **_why(sample.untrained)}.items()],
             "w": [_steps(lines[i], sample, f"weights_by_reduction[{name!r}]") for name, lines in weights.items()],
         }
         if i in peer:
@@ -153,6 +162,25 @@ def _rows(
         out.append(row)
     table = [_text(texts.get(i, ""), None) for i in range(len(unique))]
     return {"texts": table, "ids": unique[order].tolist(), "rows": out}
+
+
+def _usual_weights(rows: Sequence[Sample], by_source: Mapping[str, Sequence[int]]) -> dict[str, list[Floats]]:
+    """What the usual reductions give each token; one that gives the same as an earlier one is left out."""
+    chats = [chat for source, chat in by_source.items() if source] + [[i] for i in by_source.get("", ())]
+    out: dict[str, list[Floats]] = {}
+    for name in ("token", "turn", "conversation"):
+        reduction = Reduction.parse(name)
+        lines: list[Floats] = [np.empty(0)] * len(rows)
+        tokens, z = 0, 0.0
+        for chat in chats:
+            example = reduction.of_example([rows[i] for i in chat])
+            tokens, z = tokens + example.tokens, z + example.denominator
+            for i, weights in zip(chat, example.weights, strict=True):
+                lines[i] = weights
+        lines = [weights * (tokens / z if z else 0.0) for weights in lines]
+        if not any(all(map(np.allclose, lines, other)) for other in out.values()):
+            out[name] = lines
+    return out
 
 
 def _steps(weights: npt.ArrayLike, sample: Sample, name: str) -> list[float]:
@@ -185,8 +213,27 @@ def _finding(item: object, by_source: Mapping[str, Sequence[int]]) -> dict[str, 
     }
 
 
+def _why(untrained: Mapping[int, str]) -> dict[int, str]:
+    # A turn that is split and trained in no row at all is one that the row format leaves out.
+    return {turn: "unlawful" if why == "split" else why for turn, why in untrained.items()}
+
+
+def _untrained(
+    rows: Sequence[Sample], by_source: Mapping[str, Sequence[int]], more: Mapping[str, Mapping[int, str]],
+) -> dict[str, Any]:
+    """Turns that are trained nowhere, counted by cause; those the user switched off are counted only."""
+    said = {source: rows[places[0]].untrained for source, places in by_source.items() if source}
+    found = [(source, -1, turns) for source, turns in more.items() if source not in said]
+    found += [(source, by_source[source][0], turns) for source, turns in said.items()]
+    found += [("", i, rows[i].untrained) for i in by_source.get("", ())]
+    turns = [[_text(source), turn, why, i] for source, i, turns in found for turn, why in sorted(_why(turns).items())]
+    counts = Counter(str(why) for _, _, why, _ in turns)
+    listed = [turn for turn in turns if turn[2] != "switched_off"]
+    return {"counts": counts.most_common(), "total": len(listed), "list": listed[:_LISTED]}
+
+
 def _rejects(items: Sequence[object]) -> dict[str, Any]:
-    lines = [[_text(_get(item, name)) for name in ("where", "what", "hint")] for item in items[:_REJECTS]]
+    lines = [[_text(_get(item, name)) for name in ("where", "what", "hint")] for item in items[:_LISTED]]
     return {"total": len(items), "list": lines}
 
 

@@ -28,6 +28,9 @@ OUTCOMES: Mapping[str, str] = {
     "unrenderable": "the template cannot render the prompt of this turn",
     "truncated": "does not fit whole into max_length, so it is trained nowhere",
     "switched_off": "switched off by train/weight or by the policy",
+    "missing_stop": "nothing the template puts after the answer ends the turn",
+    "control_tokens": "its conversation holds text that would become control tokens",
+    "unlawful": "one row cannot hold it lawfully, and the row format allows only one",
 }
 
 # Drawn as nothing, or as a blank, although Unicode calls them letters, symbols or marks.

@@ -19,11 +19,8 @@ function go(row) {
   row.node.scrollIntoView({ block: "start" });
   // Rows above may have been drawn by now, at other heights than was guessed.
   requestAnimationFrame(() => requestAnimationFrame(() => row.node.scrollIntoView({ block: "start" })));
-  try {
-    history.replaceState(null, "", `#row-${row.index + 1}`);
-  } catch {
-    // Some browsers forbid it for local files: the link in the row's heading still works.
-  }
+  linked = row;
+  link();
 }
 
 function step(by) {
@@ -100,11 +97,10 @@ function describe(node) {
   line(ids.length > 1 ? "ids" : "id", ids.join(" + "));
   line("reason", el("span", { class: `swatch ${name} ${run.weight ? "on" : "off"}` }, words(name)));
   if (run.kind) {
-    line("weight", `${run.weight} (chatloss)`);
-    line("", `${run.theirs} (${D.peer})`);
+    line("weight", `${run.weight} in chatloss, ${run.theirs} in ${D.peer}`);
     line("masks", el("span", { class: DIFFERENT.includes(run.kind) ? "odd" : "" }, KINDS[run.kind]));
   } else line("weight", String(run.weight));
-  D.reductions.forEach((reduction, r) => line(`weight (${reduction})`, weightUnder(row, r, run.start).toPrecision(3)));
+  if (run.weight) D.reductions.forEach((reduction, r) => line(`weight (${reduction})`, weightUnder(row, r, run.start).toPrecision(3)));
   if (run.message >= 0) line("message", `#${run.message}`, role ? show(el("span"), " " + role) : "", outcome ? `, ${words(outcome)}` : "");
   line("place", `${count(run.start + 1)} of ${count(row.n)}`);
   const text = el("div", { class: "text show-space", dir: "auto" });
@@ -141,6 +137,7 @@ for (const button of document.querySelectorAll("[data-toggle]")) {
   toggles[button.dataset.toggle] = () => {
     const on = document.body.classList.toggle("show-" + button.dataset.toggle);
     button.setAttribute("aria-pressed", String(on));
+    link();
   };
   button.addEventListener("click", toggles[button.dataset.toggle]);
 }
@@ -197,11 +194,12 @@ addEventListener("keydown", (event) => {
   action();
 });
 
-function fromHash() {
-  const match = /^#row-(\d+)$/.exec(location.hash);
-  if (match) go(rows[Number(match[1]) - 1]);
-}
-addEventListener("hashchange", fromHash);
+document.addEventListener("click", (event) => {
+  const to = event.target instanceof Element && event.target.closest("a[href^='#row-']");
+  if (!to || event.ctrlKey || event.metaKey || event.shiftKey) return;
+  event.preventDefault(); // the filters stay
+  go(rows[Number(to.hash.slice(5)) - 1]);
+});
 
 function facts() {
   const sum = (pick) => rows.reduce((total, row) => total + pick(row), 0);
@@ -252,10 +250,14 @@ if (rows.length) {
   shares();
   deciles();
 }
-apply();
+restore();
 for (const row of rows) {
   near.observe(row.node);
   far.observe(row.node);
 }
-fromHash();
+if (linked) go(linked);
+addEventListener("hashchange", () => {
+  restore();
+  if (linked) go(linked);
+});
 document.documentElement.dataset.ready = "yes";

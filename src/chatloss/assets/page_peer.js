@@ -69,14 +69,14 @@ function legend() {
     el("td", {}, KINDS[kind]), el("td", {}, say[kind]), el("td", { class: "num" }, plural(total(kind), "token"))));
   const differ = rows.filter((row) => row.different).length;
   panel(`chatloss beside ${D.peer}`, null, true, el("p", { class: "hint" }, differ
-    ? `The masks differ in ${count(differ)} of ${plural(rows.length, "row")}. d and D lead from one difference to the next.`
+    ? `The masks differ in ${count(differ)} of ${plural(rows.length, "row")}. The bar of a row has two lanes: ${D.peer} above, chatloss below. The keys d and D lead from one difference to the next.`
     : "The masks are the same in every row."), el("table", { class: "legend" }, el("tbody", {}, ...body)));
 }
 
 const KIND_FILTERS = {
   differ: ["that differ", (row) => row.different > 0],
-  ours: [`with tokens that only chatloss trains`, (row) => row.kinds.ours > 0],
-  theirs: [`with tokens that only ${D.peer} trains`, (row) => row.kinds.theirs > 0],
-  other: ["with other weights", (row) => row.kinds.other > 0],
+  ours: ["only chatloss trains some", (row) => row.kinds.ours > 0],
+  theirs: [`only ${D.peer} trains some`, (row) => row.kinds.theirs > 0],
+  other: ["other weights", (row) => row.kinds.other > 0],
   same: ["that agree", (row) => row.l && !row.different],
 };

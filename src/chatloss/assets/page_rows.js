@@ -71,6 +71,12 @@ function runsOf(row) {
   return out;
 }
 
+// Where a turn is trained, for the rows that hold it as context only.
+const homes = new Map();
+for (const row of rows) {
+  for (let s = 0; s < row.p.length; s += 4) if (row.p[s + 2] && row.s) homes.set(`${row.p[s + 1]} ${row.s}`, row);
+}
+
 const idsOf = (row, run) => row.k.slice(run.start, run.end).map((rank) => D.ids[rank]);
 const roleOf = (row, message) =>
   (row.m && row.m[message]) || (row.o.some(([turn]) => turn === message) ? "assistant" : "");
@@ -189,6 +195,8 @@ function openMessage(row, run) {
   if (outcome && outcome !== "exact") {
     who.append(el("span", { class: FINE.includes(outcome) ? "note" : "note odd", title: D.outcomes[outcome] || "" }, words(outcome)));
   }
+  const home = homes.get(`${run.message} ${row.s}`);
+  if (outcome && home && home !== row) who.append(el("a", { class: "note", href: `#row-${home.index + 1}` }, `row ${home.index + 1}`));
   s.message = run.message;
   s.body = el("div", { class: "body", dir: "auto" });
   s.list.append(el("div", { class: "msg" }, who, s.body));
