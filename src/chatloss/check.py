@@ -83,6 +83,7 @@ class _Audit:
         self.conversations, self.answers = Duplicates(), Duplicates()
         self.samples: list[Sample] = []
         self.roles: dict[str, tuple[str, ...]] = {}
+        self.untrained: dict[str, Mapping[int, str]] = {}
         self.lost: tuple[Conversation, list[int]] | None = None
         bos = encoder.loaded.special_tokens.get("bos_token", "")
         self.bos = encoder.loaded.tokens.ids_of(bos) if bos else []
@@ -144,6 +145,7 @@ class _Audit:
         if encoding is not None and self.keep and (new or len(self.samples) < self.keep):
             self.samples += encoding.rows
             self.roles[source] = tuple(m.role for m in conversation.messages)
+            self.untrained[source] = encoding.untrained
 
     def encoding(self, conversation: Conversation, turns: list[int], branch: str) -> Encoding | None:
         """What encoding says of it, None where it cannot be encoded; both counted."""
@@ -274,7 +276,7 @@ class _Audit:
             turns={status: self.turns[status] for status in TURN_STATUSES},
             reasons={reason.name.lower(): count for reason, count in sorted(self.reasons.items())},
             lengths=self.lengths.summary(), turn_lengths=self.turn_lengths.summary(), findings=tuple(findings),
-            samples=tuple(self.samples), roles=self.roles,
+            samples=tuple(self.samples), roles=self.roles, untrained=self.untrained,
         )
 
     def repeated(self, texts: Duplicates, cause: str) -> None:

@@ -55,7 +55,7 @@ class CheckReport:
     `counts` has the keys of `COUNTS`; refused_conversations and refused_turns are what encoding refuses under the
     policy. `turns` counts every turn once, by status: the sum is counts["turns"]. `reasons` are tokens by reason,
     `lengths` tokens of a row, `turn_lengths` trained tokens of a turn. `findings` are sorted by severity and count.
-    `samples` and `roles` are for a page.
+    `samples`, `roles` and `untrained` are for a page.
     """
 
     tokenizer: str
@@ -67,6 +67,7 @@ class CheckReport:
     findings: tuple[CheckFinding, ...]
     samples: tuple[Sample, ...] = field(default=(), repr=False)
     roles: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    untrained: Mapping[str, Mapping[int, str]] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, cause: str) -> CheckFinding:
         """The finding of that cause; raises `KeyError`."""

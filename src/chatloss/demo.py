@@ -158,4 +158,5 @@ def _write_report(
         Section("Questions the model has not seen", "Greedy answers before and after training.", table),
     ]
     write_page(path, report.samples, title="chatloss demo", decode=encoder.decode, roles=report.roles,
-               summary=report.summary_for_page(), sections=sections, findings=report.findings_for_page())
+               summary=report.summary_for_page(), sections=sections, findings=report.findings_for_page(),
+               untrained=report.untrained)

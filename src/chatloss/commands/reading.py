@@ -47,9 +47,10 @@ def view(
         from chatloss.page import write_page
 
         roles = {one.conversation.source: _roles(one) or [] for one in shown if one.conversation}
+        untrained = {one.conversation.source: one.encoding.untrained for one in shown if one.conversation}
         findings = [_page_finding(one, problem) for one in shown for problem in one.encoding.problems]
         write_page(html, samples, title=f"chatloss view {' '.join(source.data)}", decode=encoder.decode, roles=roles,
-                   findings=findings, rejects=reader.rejects)
+                   findings=findings, rejects=reader.rejects, untrained=untrained)
         print(f"wrote {html}: {len(samples)} rows of {len(shown)} conversations", file=sys.stderr)
     elif as_json:
         for sample in samples:
@@ -153,7 +154,7 @@ def check(source: Source, html: str | None, as_json: bool, strict: bool) -> None
 
         write_page(html, report.samples, title=f"chatloss check {' '.join(source.data)}", decode=encoder.decode,
                    roles=report.roles, summary=report.summary_for_page(), findings=report.findings_for_page(),
-                   rejects=reader.rejects)
+                   rejects=reader.rejects, untrained=report.untrained)
         print(f"wrote {html}", file=sys.stderr)
     raise SystemExit(report.exit_code(strict))
 
