@@ -163,7 +163,7 @@ def test_filters_and_search_keep_the_rows_they_should(opened: Any) -> None:
 
     pick(2, "split")
     assert visible_rows(window) == ["row-1", "row-11", "row-21", "row-31"]
-    pick(3, "b.jsonl")
+    pick(4, "b.jsonl")
     assert visible_rows(window) == ["row-1"]
     press(window, "c")
     window.find_element(By.CSS_SELECTOR, ".finding .link").click()

@@ -225,6 +225,8 @@ function sidebar() {
     const kept = Object.entries(KIND_FILTERS).map(([name, [title, test]]) => [name, el("span", { class: "label" }, title), rows.filter(test).length]);
     picks("peer", `Rows beside ${D.peer}`, kept.filter(([, , n]) => n));
   }
+  picks("finding", "Rows with findings", D.findings.map((finding, i) =>
+    [i + 1, el("span", { class: "label" }, finding.cause.split(":")[0].slice(0, 80)), finding.rows.length, finding.cause]).filter(([, , n]) => n));
   const sources = [...tally((row) => [fileOf(row)])];
   if (sources.length > 1) picks("source", "From", sources.slice(0, 30).map(([name, n]) => [name, show(el("span", { class: "label" }), name), n, name]));
 }

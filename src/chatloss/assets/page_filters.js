@@ -1,7 +1,8 @@
 // Which rows are shown: filters, search, and the chips that name what is on.
 
-const filters = { reason: new Set(), outcome: new Set(), source: new Set(), peer: new Set(), plots: {}, finding: null };
-const KINDS_OF_PICKS = ["reason", "outcome", "source", "peer"];
+const filters = { reason: new Set(), outcome: new Set(), source: new Set(), peer: new Set(), finding: new Set(), plots: {} };
+const KINDS_OF_PICKS = ["reason", "outcome", "source", "peer", "finding"];
+for (const finding of D.findings) finding.places = new Set(finding.rows);
 const fileOf = (row) => row.s.replace(/:\d+$/, "");
 
 function matches(row, skip) {
@@ -9,7 +10,7 @@ function matches(row, skip) {
   if (filters.outcome.size && ![...filters.outcome].some((outcome) => row.outcomes.has(outcome))) return false;
   if (filters.source.size && !filters.source.has(fileOf(row))) return false;
   if (filters.peer.size && ![...filters.peer].some((name) => KIND_FILTERS[name][1](row))) return false;
-  if (filters.finding && !filters.finding.rows.includes(row.index)) return false;
+  if (filters.finding.size && ![...filters.finding].some((number) => D.findings[number - 1].places.has(row.index))) return false;
   for (const [name, bins] of Object.entries(filters.plots)) if (name !== skip && !bins.has(row.bins[name])) return false;
   if (!query) return true;
   const id = /^id:(\d+)$/.exec(query);
@@ -48,7 +49,7 @@ function chips() {
   for (const plot of plots) {
     for (const bin of filters.plots[plot.name] || []) chip(plot.labels[bin], () => toggleBin(plot.name, bin));
   }
-  if (filters.finding) chip(filters.finding.cause.slice(0, 60), () => { filters.finding = null; });
+  for (const number of filters.finding) chip(D.findings[number - 1].cause.slice(0, 60), () => filters.finding.delete(number));
   if (query) chip(`“${query.slice(0, 40)}”`, () => search(""));
   return out;
 }
@@ -71,7 +72,6 @@ function search(text) {
 function empty() {
   for (const kind of KINDS_OF_PICKS) filters[kind].clear();
   filters.plots = {};
-  filters.finding = null;
 }
 
 function clear() {
@@ -82,6 +82,7 @@ function clear() {
 }
 
 function picks(kind, title, options) {
+  if (!options.length) return;
   const group = el("fieldset", { class: "group" }, el("legend", {}, title));
   for (const [key, label, n, hint] of options) {
     const box = el("input", { type: "checkbox", change: () => {

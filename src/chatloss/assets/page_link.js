@@ -13,7 +13,6 @@ function address() {
     if (filters[kind].size) add(kind, [...filters[kind]].map((key) => (kind === "reason" ? D.reasons[key][0] : key)));
   }
   for (const { name } of plots) if (filters.plots[name]) add(name, [...filters.plots[name]]);
-  if (filters.finding) add("finding", [D.findings.indexOf(filters.finding) + 1]);
   if (query) add("q", [query]);
   if (pressed() !== DEFAULT) add("show", pressed().split(","));
   return parts.join("&");
@@ -53,14 +52,13 @@ function restore() {
   const known = new Set([...document.querySelectorAll(".pick input")].map((box) => `${box.kind}=${box.key}`));
   const reasons = new Map(Object.entries(D.reasons).map(([reason, [name]]) => [name, Number(reason)]));
   for (const kind of KINDS_OF_PICKS) for (const value of said.get(kind) || []) {
-    const key = kind === "reason" ? reasons.get(value) : value;
+    const key = kind === "reason" ? reasons.get(value) : kind === "finding" ? Number(value) : value;
     if (known.has(`${kind}=${key}`)) filters[kind].add(key);
   }
   for (const plot of plots) for (const value of said.get(plot.name) || []) {
     const bin = /^\d+$/.test(value) ? Number(value) : -1;
     if (plot.labels[bin] && !filters.plots[plot.name]?.has(bin)) toggleBin(plot.name, bin);
   }
-  filters.finding = D.findings[Number((said.get("finding") || [])[0]) - 1] || null;
   const shown = said.get("show") || [DEFAULT];
   for (const button of buttons) {
     const on = shown.includes(button.dataset.toggle);

@@ -1,5 +1,7 @@
 // What stands above the rows: findings, what is trained nowhere, what was rejected, and further sections.
 
+const FOUND = 6; // findings that are open at once
+
 function panel(title, n, open, ...inside) {
   const node = el("details", { class: "panel" }, el("summary", {}, title, n === null ? null : el("span", { class: "n" }, count(n))),
     el("div", { class: "inside" }, ...inside));
@@ -18,16 +20,20 @@ function panels() {
     panel(part.title, null, true, part.text ? show(el("div", { class: "prose" }), part.text) : null,
       part.curve.length ? curve(part.curve) : null, part.table.length ? table(part.table[0], part.table.slice(1)) : null);
   }
-  if (D.findings.length) panel("Findings", D.findings.length, true, ...D.findings.map((finding) => el("div", { class: "finding" },
+  const found = D.findings.map((finding, i) => el("div", { class: "finding" },
     el("span", { class: `sev ${finding.severity}` }, finding.severity), show(el("p"), finding.cause),
     el("span", {}, finding.count === null ? "" : count(finding.count) + "×"),
     finding.remedy ? show(el("p", { class: "remedy" }), finding.remedy) : null,
-    el("p", { class: "example" }, show(el("span"), finding.example), " ",
+    finding.example || finding.rows.length ? el("p", { class: "example" }, show(el("span"), finding.example), " ",
       finding.rows.length ? el("button", { type: "button", class: "link", click: () => {
-        filters.finding = finding;
+        filters.finding = new Set([i + 1]);
+        sync();
         apply();
         $("content").querySelector(".bar").scrollIntoView();
-      } }, `show ${plural(finding.rows.length, "row")}`) : null))));
+      } }, `show ${plural(finding.rows.length, "row")}`) : null) : null));
+  const rest = found.splice(found.length > FOUND + 2 ? FOUND : found.length);
+  if (D.findings.length) panel("Findings", D.findings.length, true, ...found,
+    rest.length ? el("details", { class: "rest" }, el("summary", {}, plural(rest.length, "more finding")), ...rest) : null);
   untrained();
   if (D.rejects.total) panel("Rejected rows", D.rejects.total, false, table(["row", "field", "what", "remedy"], D.rejects.list.map(
     ([where, ...rest]) => [...apart(where), ...rest])), listed(D.rejects));

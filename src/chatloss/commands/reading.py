@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from chatloss.commands.common import console, numbers, print_json, tell_rejects
+from chatloss.commands.labels import audit_labels
 from chatloss.errors import UsageError
 from chatloss.options import Source, reading_options
 
@@ -48,9 +50,8 @@ def view(
 
         roles = {one.conversation.source: _roles(one) or [] for one in shown if one.conversation}
         untrained = {one.conversation.source: one.encoding.untrained for one in shown if one.conversation}
-        findings = [_page_finding(one, problem) for one in shown for problem in one.encoding.problems]
         write_page(html, samples, title=f"chatloss view {' '.join(source.data)}", decode=encoder.decode, roles=roles,
-                   findings=findings, rejects=reader.rejects, untrained=untrained)
+                   findings=_page_findings(shown), rejects=reader.rejects, untrained=untrained)
         print(f"wrote {html}: {len(samples)} rows of {len(shown)} conversations", file=sys.stderr)
     elif as_json:
         for sample in samples:
@@ -77,11 +78,19 @@ def view(
     tell_rejects(reader.rejects, reader.reject_counts, reader.n_rejected)
 
 
-def _page_finding(one: Encoded, problem: Any) -> dict[str, Any]:
-    where = one.conversation.source if one.conversation else ""
-    severity = "error" if problem.fatal else "warning"
-    return {"severity": severity, "cause": f"{problem.cause}: {problem.detail}", "count": 1,
-            "example": f"{where} messages[{problem.message}]", "remedy": problem.remedy, "rows": [where]}
+def _page_findings(shown: list[Encoded]) -> list[dict[str, Any]]:
+    """What the policies do not settle, one finding per cause, with the detail of its first example."""
+    found: dict[str, dict[str, Any]] = {}
+    for one in shown:
+        where = one.conversation.source if one.conversation else ""
+        for problem in one.encoding.problems:
+            severity = "error" if problem.fatal else "warning"
+            first = {"severity": severity, "cause": f"{problem.cause.replace('_', ' ')}: {problem.detail}", "count": 0,
+                     "example": f"{where} messages[{problem.message}]", "remedy": problem.remedy, "rows": []}
+            finding = found.setdefault(problem.cause, first)
+            finding["count"] += 1
+            finding["rows"].append(where)
+    return list(found.values())
 
 
 @click.command()
@@ -132,14 +141,26 @@ def template(template: str, tokenizer: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@reading_options
+@partial(reading_options, data_required=False)
+@click.option("--labels", multiple=True, metavar="FILE", help="Rows that another tool prepared, instead of DATA.")
+@click.option("--chats", multiple=True, metavar="DATA", help="With --labels: the chats they were made from.")
 @click.option("--html", metavar="FILE", help="Also write a page with the findings and the rows.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
 @click.option("--strict", is_flag=True, help="Exit 1 on warnings too.")
-def check(source: Source, html: str | None, as_json: bool, strict: bool) -> None:
-    """Audit chats before training: one line per cause, with an example and what settles it."""
+def check(
+    source: Source, labels: tuple[str, ...], chats: tuple[str, ...], html: str | None, as_json: bool, strict: bool
+) -> None:
+    """Audit chats before training, or with --labels the rows that another tool made of them.
+
+    One line per cause, with an example and what settles it.
+    """
     from chatloss.check import check as audit
 
+    if labels:
+        audit_labels(source, labels, chats, html, as_json, strict)
+    if not source.data or chats:
+        what = "--chats goes with --labels" if chats else "there is nothing to check"
+        raise UsageError(what, hint="give chats as DATA, or rows of another tool with --labels FILE [--chats DATA]")
     encoder, reader = source.encoder(), source.reader(lenient=True)
     kept = 2000 if html else 0
     report = audit(
