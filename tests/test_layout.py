@@ -18,12 +18,12 @@ PACKAGE = Path(chatloss.__file__).parent
 ORDER = [
     "errors", "chat", "sample", "policy", "formats", "streams", "tables", "reader", "meter", "sandbox", "template",
     "fields", "reference", "places", "tokens", "load", "rows", "window", "encode", "markers", "pipeline", "reduction",
-    "pack", "batch",
+    "pack", "batch", "manifest", "dataset", "shards", "prepare",
     # torch starts here
     "loss", "config", "parallel", "step", "attention", "models", "checkpoint", "log", "evaluate", "trainer", "verify",
     # edges
     "sft", "runs", "view", "page", "findings", "switches", "probes", "describe_turns", "describe_fields", "describe",
-    "causes", "audit", "tally", "check_report", "check", "compare_shares", "compare_report", "compare", "demo",
+    "causes", "audit", "tally", "check_report", "check", "labels", "compare_shares", "compare_report", "compare", "demo",
     "options", "commands", "cli", "__main__", "__init__",
 ]  # fmt: skip
 CORE = {*ORDER[: ORDER.index("loss")], *ORDER[ORDER.index("runs") :]}  # all but what trains

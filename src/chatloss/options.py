@@ -82,7 +82,7 @@ def _unescape(text: str) -> str:
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
-def reading_options(function: F) -> F:
+def reading_options(function: F, *, data_required: bool = True) -> F:
     """DATA, --tokenizer, and a flag for every choice; the command receives one `Source`."""
 
     def collected(**given: Any) -> Any:
@@ -98,18 +98,18 @@ def reading_options(function: F) -> F:
 
     collected.__name__, collected.__doc__ = function.__name__, function.__doc__
     collected.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
-    for option in reversed(_options()):
+    for option in reversed(_options(data_required)):
         collected = option(collected)
     return collected  # type: ignore[return-value]
 
 
-def _options() -> list[Callable[[Any], Any]]:
+def _options(data_required: bool) -> list[Callable[[Any], Any]]:
     choices = [
         click.option(f"--{name.replace('_', '-')}", type=click.Choice(values), help=text, hidden=False)
         for name, (values, text) in CHOICES.items()
     ]
     return [
-        click.argument("data", nargs=-1, required=True),
+        click.argument("data", nargs=-1, required=data_required),
         click.option("--tokenizer", "-t", required=True, help="Directory, tokenizer.json or hub id."),
         click.option("--chat-template", metavar="FILE", help="A template instead of the tokenizer's own."),
         click.option("--template-kwargs", metavar="JSON", help='For every chat, e.g. {"enable_thinking": false}.'),

@@ -1,0 +1,1 @@
+"""The audit of rows that another tool prepared: ids with labels or a mask."""

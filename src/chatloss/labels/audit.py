@@ -1,0 +1,184 @@
+"""The audit of rows that another tool prepared: what is trained, and what of it nobody wants."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from chatloss.causes import Cause
+from chatloss.check_report import CheckFinding
+from chatloss.encode import ChatEncoder
+from chatloss.findings import SEVERITIES
+from chatloss.labels.findings import LABEL_CAUSES, LabelHit, examine, window
+from chatloss.labels.reconstruct import Document, Kind, Reconstructor
+from chatloss.labels.report import LABEL_COUNTS, LabelsReport
+from chatloss.labels.rows import LabelReader, LabelRow, read_labels
+from chatloss.labels.structure import Structure
+from chatloss.sample import Sample, Span
+from chatloss.tally import Seen
+
+__all__ = ["check_labels"]
+
+_TOTALS = {"turn": "turns", "document": "documents", "row": "rows", "input row": "input_rows"}
+
+
+def check_labels(
+    data: Any, encoder: ChatEncoder, *, max_rejects: float = 0.01, keep_samples: int = 0
+) -> LabelsReport:
+    """Audit rows of ids with labels or a mask (see `read_labels`), made by any tool with the encoder's tokenizer.
+
+    What each token is, is told from the ids and from what the encoder's template writes around messages.
+    `keep_samples`: so many rows are kept for a page. Raises `DataError` for data that cannot be read at all.
+
+    >>> from chatloss.demo import tokenizer_directory
+    >>> encoder = ChatEncoder.load(tokenizer_directory())
+    >>> text = "<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello there!<|im_end|>\\n"
+    >>> ids = encoder.tokens.encode(text).ids.tolist()
+    >>> start = len(encoder.tokens.encode(text.split("Hello")[0]).ids)
+    >>> labels = [-100] * start + ids[start:-2] + [-100, -100]
+    >>> report = check_labels([{"input_ids": ids, "labels": labels}], encoder)
+    >>> [(finding.cause, finding.count, finding.example) for finding in report.findings]
+    [('stop_untrained', 1, '<list>:1')]
+    """
+    audit = _Audit(encoder, keep_samples)
+    reader = data if isinstance(data, LabelReader) else read_labels(
+        data, vocabulary=getattr(encoder.loaded.tokens, "size", 0))
+    for row in reader:
+        audit.row(row)
+    audit.rejects(reader, max_rejects)
+    return audit.report()
+
+
+class _Audit:
+    """What has been counted so far."""
+
+    def __init__(self, encoder: ChatEncoder, keep: int) -> None:
+        self.encoder, self.keep = encoder, keep
+        tokens = encoder.loaded.tokens
+        control = getattr(tokens, "added", tokens.special)
+        self.reconstructor = Reconstructor(Structure.of(encoder), encoder.decode, list(control.values()))
+        self.stops = frozenset(tokens.ids_of(text)[-1] for text in encoder.engine_stops)
+        bos = encoder.loaded.special_tokens.get("bos_token", "")
+        ids = tokens.ids_of(bos) if bos else []
+        self.bos = ids[0] if len(ids) == 1 else -1
+        self.seen: dict[str, Seen] = {}
+        self.n: Counter[str] = Counter()
+        self.columns: Counter[str] = Counter()
+        self.totals = np.zeros(len(Kind), np.int64)
+        self.trained = np.zeros(len(Kind), np.int64)
+        self.samples: list[Sample] = []
+        self.weights: dict[int, npt.NDArray[np.float32]] = {}
+        self.roles: dict[str, tuple[str, ...]] = {}
+
+    def hit(self, cause: str, source: str, detail: str = "", remedy: str = "") -> None:
+        if cause not in self.seen:
+            self.seen[cause] = Seen(remedy=remedy)
+        self.seen[cause].add(source, "", detail)
+
+    # -- one row ---------------------------------------------------------------------------------------------------
+
+    def row(self, row: LabelRow) -> None:
+        self.n["rows"] += 1
+        self.columns[row.column] += 1
+        if row.shifted:
+            self.hit("labels_shifted", row.source)
+        self.bounds(row)
+        ends = [*row.starts[1:].tolist(), len(row.ids)]
+        for k, (start, end) in enumerate(zip(row.starts.tolist(), ends, strict=True)):
+            if end > start:
+                source = row.source if len(row.starts) == 1 else f"{row.source} document {k + 1}"
+                self.document(row, start, end, source, k == 0)
+
+    def bounds(self, row: LabelRow) -> None:
+        """Beginnings of documents that nothing announces."""
+        if self.bos < 0:
+            return
+        begins = np.flatnonzero((row.ids == self.bos) & ~row.padding)
+        inside = begins[(begins > 0) & ~np.isin(begins, row.starts) & ~np.isin(begins - 1, begins)]
+        if len(inside) and self.bos not in self.stops:
+            at = int(inside[0])
+            text = self.encoder.decode(row.ids[max(0, at - 6) : at + 6].tolist())
+            self.hit("positions_run_on" if row.said else "several_documents", row.source, f"token {at}: {text}")
+
+    def document(self, row: LabelRow, start: int, end: int, source: str, first: bool) -> None:
+        ids, weights = row.ids[start:end], row.weights[start:end]
+        document = self.reconstructor.document(ids, row.padding[start:end])
+        trained = weights != 0
+        self.n["documents"] += 1
+        self.n["tokens"] += len(ids)
+        self.n["trained_tokens"] += int(trained.sum())
+        self.n["turns"] += len(document.turns)
+        self.n["trained_turns"] += sum(bool(trained[turn.answer : turn.end].any()) for turn in document.turns)
+        self.totals += np.bincount(document.kinds, minlength=len(Kind))
+        self.trained += np.bincount(document.kinds[trained], minlength=len(Kind))
+        known = len(self.seen)
+        for found in examine(document, trained, self.stops, first=first):
+            self.hit(found.cause, source, f"tokens {found.start}-{found.end - 1}: {window(document, found)}")
+        if self.bos >= 0 and ids[:2].tolist() == [self.bos] * 2:
+            self.hit("double_bos", source, window(document, LabelHit("double_bos", 0, 2)))
+        if self.keep and (len(self.samples) < self.keep or len(self.seen) > known):
+            self.weights[len(self.samples)] = weights
+            self.samples.append(as_sample(document, source, self.encoder))
+            self.roles[source] = document.roles
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def rejects(self, reader: LabelReader, most: float) -> None:
+        self.n["rejected_rows"], self.n["input_rows"] = reader.n_rejected, reader.n_rows
+        for kind, count in reader.reject_counts.items():
+            reject = next(reject for reject in reader.rejects if reject.kind == kind)
+            where = reject.where.removeprefix(reject.source).strip()
+            self.hit(f"rejected_{kind}", reject.source, f"{where}: {reject.what}".removeprefix(": "), reject.hint)
+            self.seen[f"rejected_{kind}"].count = count
+        if reader.n_rejected > most * reader.n_rows:
+            share = math.ceil(1000 * reader.n_rejected / reader.n_rows) / 1000
+            self.hit("too_many_rejects", "", remedy=f"mend them, or go on without them: --max-rejects {share:g}")
+            self.seen["too_many_rejects"].count = reader.n_rejected
+
+    def report(self) -> LabelsReport:
+        findings = [self.finding(cause, seen) for cause, seen in self.seen.items()]
+        findings.sort(key=lambda f: (SEVERITIES.index(f.severity), -f.count, f.cause))
+        kinds = {kind: (int(self.totals[kind]), int(self.trained[kind])) for kind in Kind if self.totals[kind]}
+        return LabelsReport(
+            tokenizer=self.encoder.loaded.name, columns=dict(self.columns),
+            counts={name: self.n[name] for name in LABEL_COUNTS}, kinds=kinds, findings=tuple(findings),
+            samples=tuple(self.samples), weights=self.weights, roles=self.roles,
+        )
+
+    def finding(self, cause: str, seen: Seen) -> CheckFinding:
+        known = LABEL_CAUSES.get(cause) or _REJECTS.get(cause) or Cause("error", "input row", _REJECTED, "")
+        total = self.n[_TOTALS[known.unit]]
+        return CheckFinding(
+            severity=known.severity, cause=cause, text=known.text, count=seen.count, unit=known.unit,
+            share=seen.count / total if total else None, example=seen.example, detail=seen.detail,
+            remedy=seen.remedy or known.remedy, rows=tuple(seen.sources),
+        )
+
+
+_REJECTED = "a row that cannot be read as ids with labels"
+_REJECTS = {
+    "too_many_rejects": Cause("error", "input row", "more rows are rejected than --max-rejects allows", "mend them"),
+    "rejected_labels": Cause("error", "input row", "labels that are neither -100 nor the id, nor shifted by one", ""),
+    "rejected_length": Cause("error", "input row", "lists of one row that differ in length", ""),
+    "rejected_ids": Cause("error", "input row", "ids that this tokenizer does not have", ""),
+}
+
+
+def as_sample(document: Document, source: str, encoder: ChatEncoder) -> Sample:
+    """A document in the form of our rows: weight 1 for what the model must emit, whatever the other tool trains."""
+    kinds, messages = document.kinds, document.messages
+    n = len(kinds)
+    edges = np.flatnonzero((np.diff(kinds) != 0) | (np.diff(messages) != 0)) + 1
+    borders = [0, *edges.tolist(), n]
+    spans = []
+    for a, b in pairwise(borders):
+        kind = Kind(int(kinds[a]))
+        spans.append(Span(a, b, int(messages[a]), float(kind.expected), kind.reason))
+    outcomes = {i: "exact" for i, role in enumerate(document.roles) if role == "assistant"}
+    return Sample(document.ids, tuple(spans), outcomes, source, {}, encoder.decode)
+
