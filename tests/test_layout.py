@@ -23,8 +23,8 @@ ORDER = [
     "loss", "config", "parallel", "step", "attention", "models", "checkpoint", "log", "evaluate", "trainer", "verify",
     # edges
     "sft", "runs", "view", "page", "findings", "switches", "probes", "describe_turns", "describe_fields", "describe",
-    "causes", "audit", "tally", "check_report", "check", "labels", "compare_shares", "compare_report", "compare", "demo",
-    "options", "commands", "cli", "__main__", "__init__",
+    "causes", "audit", "tally", "check_report", "check", "labels", "compare_shares", "compare_report", "compare",
+    "demo", "options", "commands", "cli", "__main__", "__init__",
 ]  # fmt: skip
 CORE = {*ORDER[: ORDER.index("loss")], *ORDER[ORDER.index("runs") :]}  # all but what trains
 # Known only to functions, so that the encoder and its window can speak of each other.
