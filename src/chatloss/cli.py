@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from chatloss.commands import reading, training
+from chatloss.commands import preparing, reading, training
 from chatloss.errors import ChatlossError, UsageError
 
 __all__ = ["cli", "main"]
@@ -33,8 +33,8 @@ class _Commands(click.Group):
 
 
 _COMMANDS: tuple[click.Command, ...] = (
-    training.demo, reading.view, reading.encode, reading.template, reading.check, reading.compare, training.train,
-    training.verify, training.recipes,
+    training.demo, reading.view, reading.encode, reading.template, reading.check, reading.compare, preparing.prepare,
+    training.train, training.verify, training.recipes,
 )
 
 

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
@@ -28,7 +28,7 @@ from chatloss.formats import INPUT_FORMATS, Row, detect, parse
 from chatloss.streams import READ_ERRORS, RawStream, Record, decompressed, text_records
 from chatloss.tables import TABLE_MAGIC, cleaner, table_values
 
-__all__ = ["INPUT_FORMATS", "Reader", "Reject", "read"]
+__all__ = ["INPUT_FORMATS", "Reader", "Reject", "path_records", "read", "told_format", "until_unreadable"]
 
 KEPT_REJECTS = 100_000
 HEAD_ROWS, HEAD_RECORDS = 10, 1000  # a format is told by the first rows among the first records
@@ -72,25 +72,17 @@ class Reader:
     def __iter__(self) -> Iterator[Row]:
         self._reset()
         for name, records in self._sources:
-            yield from self._rows(name, _until_unreadable(records(self.input_format)))
+            yield from self._rows(name, until_unreadable(records(self.input_format)))
         self.check_share()
 
     def _rows(self, name: str, records: Iterator[Record]) -> Iterator[Row]:
-        head: list[Record] = []
-        found: list[Mapping[str, Any]] = []
-        for record in records:
-            head.append(record)
-            found += [record[1]] if isinstance(record[1], Mapping) else []
-            if len(found) == HEAD_ROWS or len(head) == HEAD_RECORDS:
-                break
-        if not found:
-            raise _nothing(name, head)
-        try:
-            input_format = detect(found) if self.input_format == "auto" else self.input_format
-        except DataError as error:
-            raise error.at(name) from None
+        input_format, records = told_format(name, records, self.input_format)
         self.input_formats[name] = input_format
-        for row, value in chain(head, records):
+        return self.parsed(name, records, input_format)
+
+    def parsed(self, name: str, records: Iterable[Record], input_format: str) -> Iterator[Row]:
+        """The rows that `records` of the file `name` are; those that are none join the rejects."""
+        for row, value in records:
             self.n_rows += 1
             source = f"{name}:{row}"
             try:
@@ -162,7 +154,7 @@ def read(data: Any, *, input_format: str = "auto", max_rejects: float = 0.01) ->
 def _sources(data: Any) -> list[Source]:
     if isinstance(data, str | os.PathLike):
         path = os.fsdecode(data)
-        return [("<stdin>" if path == "-" else path, partial(_path_records, path))]
+        return [("<stdin>" if path == "-" else path, partial(path_records, path))]
     name = f"<{type(data).__name__}>"
     if isinstance(data, Mapping):
         keys = ", ".join(repr(key) for key in list(data)[:5])
@@ -185,7 +177,25 @@ def _unusable(what: str, hint: str, where: str = "") -> DataError:
     return DataError(what, where=where, hint=hint, kind="source")
 
 
-def _until_unreadable(records: Iterator[Record]) -> Iterator[Record]:
+def told_format(name: str, records: Iterator[Record], input_format: str) -> tuple[str, Iterator[Record]]:
+    """(format, the same records) for a file: "auto" is told by the first rows. Raises `DataError` where there are none.
+    """
+    head: list[Record] = []
+    found: list[Mapping[str, Any]] = []
+    for record in records:
+        head.append(record)
+        found += [record[1]] if isinstance(record[1], Mapping) else []
+        if len(found) == HEAD_ROWS or len(head) == HEAD_RECORDS:
+            break
+    if not found:
+        raise _nothing(name, head)
+    try:
+        return (detect(found) if input_format == "auto" else input_format), chain(head, records)
+    except DataError as error:
+        raise error.at(name) from None
+
+
+def until_unreadable(records: Iterator[Record]) -> Iterator[Record]:
     """The records, and what ended them early, if anything, as a last one."""
     row = 0
     try:
@@ -215,7 +225,8 @@ def _nothing(name: str, head: Sequence[Record]) -> DataError:
 # Paths.
 
 
-def _path_records(name: str, input_format: str) -> Iterator[Record]:
+def path_records(name: str, input_format: str) -> Iterator[Record]:
+    """The records of a path, of standard input ("-") or of a data set on the hub, as they are."""
     path = Path(name)
     try:
         directory = name != "-" and path.is_dir()

@@ -17,7 +17,8 @@ from typing import Any
 from chatloss.chat import parse_json
 from chatloss.errors import DataError
 
-__all__ = ["MAX_RECORD", "READ_ERRORS", "RawStream", "Record", "decompressed", "text_records"]
+__all__ = ["MAX_RECORD", "READ_ERRORS", "RawStream", "Record", "decompressed", "json_lines", "text_kind",
+           "text_records"]
 
 Record = tuple[int, Any]
 
@@ -115,7 +116,17 @@ def text_records(stream: RawStream, name: str, input_format: str) -> Iterator[Re
     Plain text, one record {"text": ...} for the whole file, is what has `input_format` "text", or "auto" and a name in
     .txt, and does not begin like JSON. Raises `DataError` for what is no UTF-8 text at all.
     """
-    head = stream.look()
+    kind = text_kind(stream.look(), name, input_format)
+    buffered: io.BufferedReader[Any] = io.BufferedReader(stream, CHUNK)
+    if kind == "text":
+        return _whole(buffered, lambda data: {"text": _utf8(data)})
+    if kind == "array":
+        return _array(buffered)
+    return _whole(buffered, _one_object) if kind == "object" else json_lines(buffered)
+
+
+def text_kind(head: bytes, name: str, input_format: str) -> str:
+    """What `text_records` takes a file for by its first bytes: "text", "array", "object" or "lines"."""
     foreign = next((what for magic, what in FOREIGN.items() if head.startswith(magic)), None)
     if foreign is None and 0 in head[:2]:
         foreign = "UTF-16 or binary"
@@ -123,16 +134,13 @@ def text_records(stream: RawStream, name: str, input_format: str) -> Iterator[Re
         hint = "give UTF-8 text, JSON, Parquet or Arrow, with one layer of gzip or zstd at most"
         raise DataError(f"the file is {foreign}, which is not read", kind="encoding", hint=hint)
     body = head.removeprefix(BOM).lstrip()
-    buffered: io.BufferedReader[Any] = io.BufferedReader(stream, CHUNK)
     suffixes = [suffix for suffix in PurePath(name).suffixes if suffix.lower() not in (".gz", ".zst")]
     texty = input_format == "text" or (input_format == "auto" and [s.lower() for s in suffixes[-1:]] == [".txt"])
     if texty and not JSON_START.match(body):
-        return _whole(buffered, lambda data: {"text": _utf8(data)})
+        return "text"
     if body.startswith(b"["):
-        return _array(buffered)
-    if re.match(rb"\{[ \t\r]*\n", body):
-        return _whole(buffered, _one_object)
-    return _lines(buffered)
+        return "array"
+    return "object" if re.match(rb"\{[ \t\r]*\n", body) else "lines"
 
 
 def _whole(stream: io.BufferedReader, value: Callable[[bytes], Any]) -> Iterator[Record]:
@@ -173,8 +181,8 @@ def _too_long(what: str) -> DataError:
     return DataError(_TOO_LONG.format(what), kind="too_long", hint="split it into several rows")
 
 
-def _lines(stream: io.BufferedReader) -> Iterator[Record]:
-    row = 0
+def json_lines(stream: io.BufferedReader, row: int = 0) -> Iterator[Record]:
+    """The records of JSON Lines; `row` is the number of lines before them."""
     while line := stream.readline(MAX_RECORD + 1):
         row += 1
         if len(line) > MAX_RECORD and not line.endswith(b"\n"):

@@ -132,6 +132,10 @@ class FastTokens:
             return [self.added[text]]
         return [int(i) for i in self.encode(text).ids]
 
+    def serialised(self) -> str:
+        """The tokenizer as a tokenizer.json holds it."""
+        return str(self._tokenizer.to_str())
+
     @property
     def size(self) -> int:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))

@@ -1,0 +1,305 @@
+"""Prepared rows on disk: the columns of a shard, writing them, and reading examples back one at a time.
+
+A shard is a Parquet file. The rows of a conversation lie together, in one row group, so that any example can be read
+without what is beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from chatloss.errors import DataError
+from chatloss.manifest import differences, fingerprints
+from chatloss.sample import Decode, Reason, Sample, Span
+
+if TYPE_CHECKING:
+    from chatloss.encode import ChatEncoder
+
+__all__ = ["MANIFEST", "Joined", "Prepared", "ShardWriter", "is_prepared"]
+
+MANIFEST = "manifest.json"
+GROUP_TOKENS = 2**16  # of a row group: what is decoded to read one example
+KEPT_GROUPS, KEPT_FILES = 16, 64
+SPANS = ("span_ends", "span_messages", "span_weights", "span_reasons")
+
+
+def schema(export: str) -> Any:
+    """The Arrow schema of a shard: all that a `Sample` holds ("rows"), or what other trainers read ("labels").
+
+    `conversation` numbers the conversations of a shard, `conversation_trained` counts the trained tokens of all its
+    rows. A span starts where the one before it ends. `turns` holds `Sample.outcomes` and `Sample.untrained`.
+    """
+    import pyarrow as pa
+
+    ids = pa.list_(pa.field("element", pa.int32(), nullable=False))
+    if export == "labels":
+        return pa.schema([pa.field("input_ids", ids, False), pa.field("labels", ids, False)])
+    turn = pa.struct([
+        pa.field("message", pa.int32(), nullable=False), pa.field("outcome", pa.string()),
+        pa.field("untrained", pa.string()),
+    ])
+    types = {
+        "file": pa.string(), "row": pa.int64(), "conversation": pa.int32(), "conversation_trained": pa.int64(),
+        "input_ids": ids, "span_ends": ids, "span_messages": ids,
+        "span_weights": pa.list_(pa.field("element", pa.float32(), nullable=False)),
+        "span_reasons": pa.list_(pa.field("element", pa.uint8(), nullable=False)),
+        "turns": pa.list_(pa.field("element", turn, nullable=False)),
+    }
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
+
+
+class ShardWriter:
+    """Writes the rows of a shard, a conversation at a time. Close it; it is a context manager."""
+
+    def __init__(self, path: Path, export: str = "rows") -> None:
+        import pyarrow.parquet as pq
+
+        self.export = export
+        self.schema = schema(export)
+        self.conversations = self.rows = 0
+        self._waiting: list[tuple[int, Sample]] = []
+        self._tokens = 0
+        self._file = pq.ParquetWriter(
+            path, self.schema, compression="zstd", compression_level=1, use_dictionary=["file", "outcome", "untrained"],
+            write_statistics=["conversation"] if export == "rows" else False,
+        )
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def add(self, rows: Sequence[Sample]) -> None:
+        """All rows of one conversation."""
+        self._waiting += [(self.conversations, row) for row in rows]
+        self.conversations += 1
+        self.rows += len(rows)
+        self._tokens += sum(map(len, rows))
+        if self._tokens >= GROUP_TOKENS:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._file.close()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            table = _labels_table if self.export == "labels" else _rows_table
+            self._file.write_table(table(self._waiting, self.schema), row_group_size=len(self._waiting))
+            self._waiting, self._tokens = [], 0
+
+
+def _lists(arrays: Sequence[npt.NDArray[Any]], kind: Any) -> Any:
+    """A list column of NumPy arrays, without a Python object for any element."""
+    import pyarrow as pa
+
+    offsets = np.zeros(len(arrays) + 1, np.int32)
+    np.cumsum([len(array) for array in arrays], out=offsets[1:])
+    values = pa.array(np.concatenate(arrays), kind.value_type)
+    return pa.ListArray.from_arrays(pa.array(offsets), values, type=kind)
+
+
+def _labels_table(rows: Sequence[tuple[int, Sample]], schema: Any) -> Any:
+    import pyarrow as pa
+
+    kind = schema.field("labels").type
+    labels = [row.labels.astype(np.int32) for _, row in rows]
+    return pa.Table.from_arrays([_lists([row.input_ids for _, row in rows], kind), _lists(labels, kind)], schema=schema)
+
+
+def _rows_table(rows: Sequence[tuple[int, Sample]], schema: Any) -> Any:
+    import pyarrow as pa
+
+    samples = [row for _, row in rows]
+    trained: dict[int, int] = {}
+    for number, row in rows:
+        trained[number] = trained.get(number, 0) + row.n_trained
+    places = [row.source.rpartition(":") for row in samples]
+    spans: dict[str, list[npt.NDArray[Any]]] = {
+        "span_ends": [np.array([s.end for s in row.spans], np.int32) for row in samples],
+        "span_messages": [np.array([s.message for s in row.spans], np.int32) for row in samples],
+        "span_weights": [np.array([s.weight for s in row.spans], np.float32) for row in samples],
+        "span_reasons": [np.array([s.reason for s in row.spans], np.uint8) for row in samples],
+    }
+    columns: dict[str, Any] = {
+        "file": [file for file, _, _ in places], "row": [int(row) for _, _, row in places],
+        "conversation": [number for number, _ in rows], "conversation_trained": [trained[number] for number, _ in rows],
+        "input_ids": _lists([row.input_ids for row in samples], schema.field("input_ids").type),
+        **{name: _lists(arrays, schema.field(name).type) for name, arrays in spans.items()},
+        "turns": [_turns(row) for row in samples],
+    }
+    arrays = [
+        column if isinstance(column, pa.Array) else pa.array(column, schema.field(name).type)
+        for name, column in columns.items()
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _turns(row: Sample) -> list[dict[str, Any]]:
+    return [
+        {"message": message, "outcome": row.outcomes.get(message), "untrained": row.untrained.get(message)}
+        for message in sorted({*row.outcomes, *row.untrained})
+    ]
+
+
+def is_prepared(path: str | Path) -> bool:
+    """Whether `path` is a directory that `chatloss prepare` has made, or is making."""
+    directory = Path(path)
+    return (directory / MANIFEST).is_file() or (directory / ".prepare").is_dir()
+
+
+class Prepared(Sequence[list[Sample]]):
+    """The examples of a prepared directory: ``prepared[i]`` is all rows of conversation i. Only what is asked is read.
+
+    Files are mapped into memory; the row group of an example is decoded when asked for, and the last few are kept.
+    Raises `DataError` where the directory is unfinished, or holds labels for other trainers.
+    """
+
+    def __init__(self, directory: str | Path, decode: Decode | None = None) -> None:
+        self.directory = Path(directory)
+        path = self.directory / MANIFEST
+        if not path.is_file():
+            raise DataError("the prepared directory is not finished", where=str(directory),
+                            hint="run the same `chatloss prepare` again: it goes on where it stopped")
+        self.manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        if self.manifest["job"]["export"] != "rows":
+            raise DataError("the directory holds labels for other trainers", where=str(directory),
+                            hint="prepare again without --export labels")
+        self._decode = decode
+        self._ends = list(accumulate(shard["conversations"] for shard in self.manifest["shards"]))
+        self._files: OrderedDict[int, tuple[Any, list[int]]] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], Any] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> list[Sample]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[Sample]]: ...
+    def __getitem__(self, index: int | slice) -> list[Sample] | list[list[Sample]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        shard = bisect_right(self._ends, index)
+        number = index - (self._ends[shard - 1] if shard else 0)
+        firsts = self._file(shard)[1]
+        group = self._group(shard, bisect_right(firsts, number) - 1)
+        a, b = np.searchsorted(group.conversations, [number, number + 1])
+        return [group.sample(i, self._decode) for i in range(a, b)]
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.directory,)
+
+    def check_made_with(self, encoder: ChatEncoder, **chosen: Mapping[str, Any]) -> None:
+        """Raise `DataError` where the rows were made with another tokenizer or template, or with other choices.
+
+        `chosen`: parts of a job, such as ``policy={"turns": "last"}``; what they do not name may be anything.
+        """
+        now = {**fingerprints(encoder), **chosen}
+        job = self.manifest["job"]
+        before = {part: {name: job[part].get(name) for name in names} for part, names in now.items()}
+        changed = differences(before, json.loads(json.dumps(now)))
+        if changed:
+            raise DataError(
+                f"the rows were prepared with something else: {'; '.join(changed[:3])}", where=str(self.directory),
+                hint="train with what they were prepared with, or prepare the chats again", kind="changed",
+            )
+
+    def _file(self, shard: int) -> tuple[Any, list[int]]:
+        """(the open Parquet file, the first conversation of each of its row groups)."""
+        if shard not in self._files:
+            import pyarrow.parquet as pq
+
+            path = self.directory / self.manifest["shards"][shard]["file"]
+            try:
+                file = pq.ParquetFile(path, memory_map=True)
+            except (OSError, ValueError) as error:
+                raise DataError(f"a shard cannot be read: {error}", where=str(path), hint="prepare again") from None
+            column = file.schema_arrow.names.index("conversation")
+            groups = [file.metadata.row_group(g).column(column).statistics for g in range(file.num_row_groups)]
+            self._files[shard] = file, [int(statistics.min) for statistics in groups]
+            while len(self._files) > KEPT_FILES:
+                self._files.popitem(last=False)[1][0].close()
+        self._files.move_to_end(shard)
+        return self._files[shard]
+
+    def _group(self, shard: int, group: int) -> _Group:
+        key = shard, group
+        if key not in self._groups:
+            self._groups[key] = _Group(self._file(shard)[0].read_row_group(group))
+            while len(self._groups) > KEPT_GROUPS:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(key)
+        found: _Group = self._groups[key]
+        return found
+
+
+class Joined(Sequence[list[Sample]]):
+    """Several sequences of examples as one."""
+
+    def __init__(self, parts: Sequence[Sequence[list[Sample]]]) -> None:
+        self._parts = parts
+        self._ends = list(accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> list[Sample]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[Sample]]: ...
+    def __getitem__(self, index: int | slice) -> list[Sample] | list[list[Sample]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        part = bisect_right(self._ends, index)
+        return self._parts[part][index - (self._ends[part - 1] if part else 0)]
+
+
+class _Group:
+    """The decoded columns of one row group."""
+
+    def __init__(self, table: Any) -> None:
+        self._table = table.combine_chunks()
+        self.conversations: npt.NDArray[np.int32] = self._table["conversation"].to_numpy()
+
+    @cached_property
+    def _columns(self) -> dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+        """(offsets, values) of the list columns."""
+        found = {}
+        for name in ("input_ids", *SPANS):
+            [chunk] = self._table[name].chunks
+            found[name] = chunk.offsets.to_numpy(), chunk.values.to_numpy()
+        return found
+
+    def _values(self, name: str, row: int) -> npt.NDArray[Any]:
+        offsets, values = self._columns[name]
+        return values[offsets[row] : offsets[row + 1]]
+
+    def sample(self, row: int, decode: Decode | None) -> Sample:
+        ends, messages, weights, reasons = (self._values(name, row).tolist() for name in SPANS)
+        turns = self._table["turns"][row].as_py()
+        return Sample(
+            self._values("input_ids", row),
+            tuple(Span(*span) for span in zip([0, *ends][: len(ends)], ends, messages, weights, map(Reason, reasons),
+                                              strict=True)),
+            {turn["message"]: turn["outcome"] for turn in turns if turn["outcome"] is not None},
+            f"{self._table['file'][row].as_py()}:{self._table['row'][row].as_py()}",
+            {turn["message"]: turn["untrained"] for turn in turns if turn["untrained"] is not None}, decode,
+        )

@@ -1,0 +1,132 @@
+"""What a prepared directory says of itself: what it was made of, what became of every turn, and a checksum per shard.
+
+Everything here is a function of input and choices: no times, no number of workers, nothing of the machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from chatloss.encode import ChatEncoder, Encoding
+
+__all__ = ["Counts", "differences", "file_sha256", "fingerprints", "write_json"]
+
+
+@dataclass(slots=True)
+class Counts:
+    """What became of the records of a shard, or of all of them.
+
+    ``records = conversations + sum(rejected)``; `empty` conversations have no row. `outcomes` and `untrained` count
+    turns, `reasons` tokens, `tokens` and `trained` the tokens of all rows.
+    """
+
+    records: int = 0
+    conversations: int = 0
+    empty: int = 0
+    rows: int = 0
+    tokens: int = 0
+    trained: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    untrained: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def add(self, encoding: Encoding) -> None:
+        """Count one conversation."""
+        self.conversations += 1
+        self.empty += not encoding.rows
+        self.rows += len(encoding.rows)
+        self.outcomes.update(encoding.outcomes.values())
+        self.untrained.update(encoding.untrained.values())
+        for row in encoding.rows:
+            self.tokens += len(row)
+            self.trained += row.n_trained
+            for span in row.spans:
+                self.reasons[span.reason.name.lower()] += span.end - span.start
+
+    def merge(self, other: Counts) -> None:
+        """Add another shard's counts."""
+        for entry in fields(self):
+            mine, more = getattr(self, entry.name), getattr(other, entry.name)
+            if isinstance(mine, Counter):
+                mine.update(more)
+            else:
+                setattr(self, entry.name, mine + more)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = ((entry.name, getattr(self, entry.name)) for entry in fields(self))
+        return {name: dict(sorted(value.items())) if isinstance(value, Counter) else value for name, value in values}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Counts:
+        plain: dict[str, Any] = {n: Counter(value) if isinstance(value, dict) else value for n, value in data.items()}
+        return cls(**plain)
+
+
+def fingerprints(encoder: ChatEncoder) -> dict[str, Any]:
+    """What tells tokenizers and templates apart, whatever directory they are in."""
+    source = encoder.template.source
+    named = {"default": source} if isinstance(source, str) else source
+    return {
+        "tokenizer": {
+            "sha256": _sha256(encoder.tokens.serialised()), "special_tokens": dict(encoder.loaded.special_tokens),
+            "stop_ids": list(encoder.loaded.stop_ids),
+        },
+        "template": {name: _sha256(text) for name, text in sorted(named.items())},
+    }
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Where two descriptions differ, one line each, by dotted key.
+
+    >>> differences({"policy": {"turns": "all"}, "format": 1}, {"policy": {"turns": "last"}, "format": 1})
+    ["policy.turns was 'all' and is 'last'"]
+    """
+    old, new = dict(_flat(before)), dict(_flat(now))
+    return [
+        f"{key} was {_short(old.get(key))} and is {_short(new.get(key))}"
+        for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)
+    ]
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _flat(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+        for i, item in enumerate(value):
+            yield from _flat(item, f"{key}[{i}]")
+    else:
+        yield key, value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:16]}…{text[-8:]}"
+
+
+def write_json(path: Path, value: object, *, indent: int | None = None) -> None:
+    """Write `value` in one step: a reader sees the old file or the new one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(value, file, ensure_ascii=False, indent=indent)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

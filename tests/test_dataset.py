@@ -1,0 +1,152 @@
+"""Prepared directories as training data: read lazily, checked against the recipe, trained like the chats themselves."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from chatloss import dataset as datasets
+from chatloss import prepare as preparing
+from chatloss.config import Recipe
+from chatloss.dataset import Joined, Prepared
+from chatloss.demo import chats_file, tokenizer_directory
+from chatloss.errors import DataError, RecipeError
+from chatloss.pipeline import examples
+from chatloss.policy import Policy
+from chatloss.prepare import Job, prepare
+from chatloss.reader import read
+from chatloss.sample import Sample
+
+JOB = Job(str(tokenizer_directory()))
+DEMO = chats_file().parent
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demonstration's chats in many shards of several row groups each."""
+    output = tmp_path_factory.mktemp("prepared") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparing, "shard_bytes", lambda inputs: 20_000)
+        patch.setattr(datasets, "GROUP_TOKENS", 500)
+        prepare([str(chats_file())], output, JOB)
+    return output
+
+
+@pytest.fixture(scope="module")
+def encoded() -> list[list[Sample]]:
+    return [made.encoding.rows for made in examples(read(str(chats_file())), JOB.encoder())]
+
+
+def same(a: list[Sample], b: list[Sample]) -> bool:
+    return [row.to_dict() | {"spans": row.spans} for row in a] == [row.to_dict() | {"spans": row.spans} for row in b]
+
+
+def test_any_example_is_read_alone(
+    directory: Path, encoded: list[list[Sample]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "KEPT_GROUPS", 2)
+    monkeypatch.setattr(datasets, "KEPT_FILES", 2)
+    prepared = Prepared(directory)
+    assert len(prepared) == len(encoded) and len(prepared.manifest["shards"]) > 3
+    for i in np.random.default_rng(0).permutation(len(encoded)).tolist():
+        assert same(prepared[i], encoded[i])
+    assert len(prepared._files) <= 2 and len(prepared._groups) <= 2
+    assert same(prepared[-1], encoded[-1]) and [len(rows) for rows in prepared[3:5]] == [1, 1]
+    with pytest.raises(IndexError):
+        prepared[len(encoded)]
+
+
+def test_rows_know_their_decoder_and_survive_pickling(directory: Path) -> None:
+    prepared = Prepared(directory, JOB.encoder().decode)
+    row = prepared[0][0]
+    assert row.decode is not None and row.decode(row.input_ids.tolist()).startswith("<|im_start|>")
+    assert len(pickle.loads(pickle.dumps(prepared))) == len(prepared)
+
+
+def test_directories_are_joined(directory: Path, encoded: list[list[Sample]]) -> None:
+    both = Joined([Prepared(directory), Prepared(directory)])
+    assert len(both) == 2 * len(encoded)
+    for i in (0, len(encoded) - 1, len(encoded), -1):
+        assert same(both[i], encoded[i % len(encoded)])
+    assert len(both[:3]) == 3
+    with pytest.raises(IndexError):
+        both[len(both)]
+
+
+def test_the_totals_of_a_conversation_stand_in_each_of_its_rows(directory: Path, encoded: list[list[Sample]]) -> None:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(directory / "shards")
+    totals = [sum(row.n_trained for row in rows) for rows in encoded for _ in rows]
+    assert table["conversation_trained"].to_pylist() == totals
+
+
+# -- training --
+
+
+def recipe(train: Any, output: Path, **data: Any) -> Recipe:
+    settings = {"train": train, "eval": [], **data}
+    loaded = Recipe.load(DEMO / "recipe.toml", []).to_dict()
+    loaded["data"] = {"train": settings.pop("train"), **settings}
+    loaded["run"] |= {"steps": 3, "epochs": None, "save_every": 1, "eval_every": 0, "samples": 2}
+    loaded["batch"] |= {"examples": 4}
+    return Recipe.from_dict({**loaded, "output": str(output), "tokenizer": str(tokenizer_directory())})
+
+
+def losses(output: Path) -> list[float]:
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if record["kind"] == "step"]
+
+
+def test_training_on_prepared_rows_is_training_on_the_chats(directory: Path, tmp_path: Path) -> None:
+    from chatloss.sft import run_recipe
+
+    run_recipe(recipe([str(chats_file())], tmp_path / "chats"), quiet=True)
+    run_recipe(recipe([str(directory)], tmp_path / "rows"), quiet=True)
+    assert losses(tmp_path / "chats") == losses(tmp_path / "rows") and len(losses(tmp_path / "rows")) == 3
+    [one], [two] = ((tmp_path / name / "model").glob("*.safetensors") for name in ("chats", "rows"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [({"turns": "last"}, "policy.turns was 'all' and is 'last'"),
+     ({"template_kwargs": {"enable_thinking": False}}, "template_kwargs.enable_thinking")],
+)
+def test_choices_that_the_rows_were_not_made_with_are_refused(directory: Path, data: Any, named: str) -> None:
+    from chatloss.sft import encode_files, recipe_encoder
+
+    asked = recipe([str(directory)], Path("unused"), **data)
+    with pytest.raises(DataError, match=named) as caught:
+        encode_files(asked, recipe_encoder(asked), asked.data.train)
+    assert caught.value.where == str(directory)
+
+
+def test_another_tokenizer_is_refused(directory: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tokenizer_directory(), other)
+    spec = json.loads((other / "tokenizer.json").read_text())
+    spec["added_tokens"][-1]["rstrip"] = True
+    (other / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(DataError, match=r"tokenizer.sha256"):
+        Prepared(directory).check_made_with(Job(str(other)).encoder())
+
+
+def test_chats_beside_prepared_rows_are_refused(directory: Path) -> None:
+    from chatloss.sft import encode_files, recipe_encoder
+
+    asked = recipe([str(directory), str(chats_file())], Path("unused"))
+    with pytest.raises(RecipeError, match="chats beside prepared"):
+        encode_files(asked, recipe_encoder(asked), asked.data.train)
+
+
+def test_a_policy_that_the_rows_were_made_with_is_fine(tmp_path: Path) -> None:
+    job = Job(JOB.tokenizer, policy=Policy(turns="last"))
+    prepare([str(chats_file())], tmp_path / "out", job)
+    Prepared(tmp_path / "out").check_made_with(JOB.encoder(), policy={"turns": "last"})
