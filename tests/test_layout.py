@@ -17,14 +17,15 @@ PACKAGE = Path(chatloss.__file__).parent
 # Imports only ever point upward in this list.
 ORDER = [
     "errors", "chat", "sample", "policy", "formats", "streams", "tables", "reader", "meter", "sandbox", "template",
-    "fields", "reference", "places", "tokens", "load", "rows", "window", "encode", "markers", "pipeline", "reduction",
+    "fields", "reference", "places", "tokens", "load", "rows", "window", "encode", "markers", "pairs", "pipeline", "reduction",
     "pack", "batch", "manifest", "dataset", "shards", "prepare",
     # torch starts here
-    "loss", "config", "parallel", "step", "attention", "models", "checkpoint", "log", "evaluate", "trainer", "verify",
+    "loss", "config", "parallel", "step", "attention", "models", "checkpoint", "log", "evaluate", "objective", "answers",
+    "references", "preference", "kto", "objectives", "trainer", "verify",
     # edges
-    "sft", "runs", "view", "page", "findings", "switches", "probes", "describe_turns", "describe_fields", "describe",
-    "causes", "audit", "tally", "check_report", "check", "labels", "compare_shares", "compare_report", "compare",
-    "demo", "options", "commands", "cli", "__main__", "__init__",
+    "sft", "hf", "runs", "view", "page", "findings", "switches", "probes", "describe_turns", "describe_fields",
+    "describe", "causes", "audit", "tally", "check_report", "check", "labels", "compare_shares", "compare_report",
+    "compare", "demo", "options", "commands", "cli", "__main__", "__init__",
 ]  # fmt: skip
 CORE = {*ORDER[: ORDER.index("loss")], *ORDER[ORDER.index("runs") :]}  # all but what trains
 # Known only to functions, so that the encoder and its window can speak of each other.
