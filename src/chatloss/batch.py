@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from chatloss.errors import RecipeError
 from chatloss.pack import best_fit, spread
 from chatloss.reduction import ExampleWeights
 from chatloss.sample import Sample
@@ -30,13 +31,15 @@ class Document:
     """One row, shifted, and cut after its last wanted target: what comes later changes nothing in a causal model.
 
     `input_ids` int32 [n] = ids[:n]; `target_ids` int64 [n] = ids[1:n+1] where wanted, else -100; `weights` float64 [n]
-    weighs the prediction made at a position. `row` is where it came from: target t is token t+1 of that row.
+    weighs the prediction made at a position. `row` is where it came from: target t is token t+1 of that row. Documents
+    that follow each other with the same `unit` (but -1) stay in one micro-batch.
     """
 
     input_ids: npt.NDArray[np.int32]
     target_ids: npt.NDArray[np.int64]
     weights: npt.NDArray[np.float64]
     row: Sample
+    unit: int = -1
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -141,76 +144,123 @@ class Layout:
     pack_tokens: int = 0
     quadratic: float = 0.0
 
-    def plan(self, lengths: Sequence[int]) -> Plan:
+    def plan(self, lengths: Sequence[int], units: Sequence[int] = ()) -> Plan:
         """Indices of documents, [rank][micro-batch][pack][document]; every rank gets equally many micro-batches.
+
+        Documents that follow each other with the same unit (but -1) stay in one micro-batch: in one pack, or in rows of
+        their own if nothing is packed. Raises `RecipeError` where one unit is too much for a micro-batch.
 
         >>> Layout(ranks=2, micro_tokens=10).plan([5, 3, 4, 2, 6])
         [[[[4, 2]]], [[[0, 1, 3]]]]
+        >>> Layout(ranks=2, micro_tokens=10).plan([5, 3, 4, 2], units=[0, 0, 1, 1])
+        [[[[0, 1]]], [[[2, 3]]]]
         """
-        groups = self._groups(lengths)
+        packed = self.packing == "best_fit"
+        members = _runs(len(lengths), units)
+        items = _Items(
+            [(sum if packed else max)(lengths[i] for i in item) for item in members],
+            [1 if packed else len(item) for item in members],
+            [sum(lengths[i] + self.quadratic * lengths[i] ** 2 for i in item) for item in members],
+        )
+        groups = self._groups(items)
         per_rank = -(-len(groups) // self.ranks)
-        groups = self._more(groups, per_rank * self.ranks, lengths)
-        groups.sort(key=lambda group: -self._cost(group, lengths))
+        groups = _more(groups, per_rank * self.ranks, items)
+        groups.sort(key=lambda group: -items.cost(group))
         plan: Plan = [[] for _ in range(self.ranks)]
         for at in range(0, len(groups), self.ranks):
             # Like beside like, since ranks may wait for each other at every micro-batch; the dearest first to the
             # ranks with the least so far.
-            order = sorted(range(self.ranks), key=lambda r: (sum(self._cost(g, lengths) for g in plan[r]), r))
+            spent = [sum(map(items.cost, plan[rank])) for rank in range(self.ranks)]
+            order = sorted(range(self.ranks), key=lambda rank: (spent[rank], rank))
             for rank, group in zip(order, groups[at : at + self.ranks], strict=False):
                 plan[rank].append(group)
         for batches in plan:
             batches.extend([] for _ in range(per_rank - len(batches)))
-        return plan
+        return [[_expanded(group, members, packed) for group in batches] for batches in plan]
 
     def micro_batches(self, documents: Sequence[Document], rank: int = 0) -> list[MicroBatch]:
         """The micro-batches of one rank."""
-        plan = self.plan([len(document) for document in documents])[rank]
+        plan = self.plan([len(document) for document in documents], [document.unit for document in documents])[rank]
         return [MicroBatch.build([[documents[i] for i in pack] for pack in group]) for group in plan]
 
-    def _groups(self, lengths: Sequence[int]) -> list[list[list[int]]]:
-        packs = [[i] for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))]
+    def _groups(self, items: _Items) -> list[list[list[int]]]:
+        sizes = items.sizes
+        packs = [[i] for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))]
         if self.packing == "best_fit":
-            capacity = self.micro_tokens or self.pack_tokens or max(lengths, default=0)
-            packs = best_fit(lengths, capacity)
+            capacity = self.micro_tokens or self.pack_tokens or max(sizes, default=0)
+            packs = best_fit(sizes, capacity)
             if self.micro_tokens:
                 bins = -(-len(packs) // self.ranks) * self.ranks
-                costs = [self._cost([[i]], lengths) for i in range(len(lengths))]
-                balanced = spread(costs, bins, lengths, capacity)
+                balanced = spread(items.costs, bins, sizes, capacity)
                 return [[pack] for pack in balanced or packs if pack]
-            packs.sort(key=lambda pack: -sum(lengths[i] for i in pack))
-        elif self.micro_tokens:
-            best_fit(lengths, self.micro_tokens)  # refuses a row that does not fit
+            packs.sort(key=lambda pack: -sum(sizes[i] for i in pack))
+        elif self.micro_tokens:  # refuses a row that does not fit
+            best_fit([size * rows for size, rows in zip(sizes, items.rows, strict=True)], self.micro_tokens)
+        most = max(items.rows, default=0)
+        if self.micro_rows and most > self.micro_rows:
+            raise RecipeError(
+                f"{most} rows belong together, and a micro-batch has {self.micro_rows}", where="batch.micro_rows",
+                hint=f"set batch.micro_rows to at least {most}",
+            )
         groups: list[list[list[int]]] = []
         for pack in packs:
-            if groups and self._fits(groups[-1], lengths):
+            if groups and self._fits([*groups[-1], pack], items):
                 groups[-1].append(pack)
             else:
                 groups.append([pack])
         return groups
 
-    def _fits(self, group: list[list[int]], lengths: Sequence[int]) -> bool:
-        # Packs come longest first, so the first one is the width.
+    def _fits(self, group: list[list[int]], items: _Items) -> bool:
+        rows = sum(items.rows[pack[0]] for pack in group)
         if self.micro_rows:
-            return len(group) < self.micro_rows
-        return (len(group) + 1) * sum(lengths[i] for i in group[0]) <= (self.micro_tokens or 0)
+            return rows <= self.micro_rows
+        # Packs come longest first, so the first one is the width.
+        return rows * sum(items.sizes[i] for i in group[0]) <= (self.micro_tokens or 0)
 
-    def _more(self, groups: list[list[list[int]]], count: int, lengths: Sequence[int]) -> list[list[list[int]]]:
-        """Splits the dearest group until there are `count`, or nothing is left to split: no rank idles needlessly."""
-        groups = list(groups)
-        while groups and len(groups) < count:
-            groups.sort(key=lambda group: (sum(map(len, group)) > 1, self._cost(group, lengths)))
-            group = groups.pop()
-            if sum(map(len, group)) == 1:
-                return [*groups, group]
-            parts = group if len(group) > 1 else [[i] for i in group[0]]
-            halves = spread([self._cost([part], lengths) for part in parts], 2) or []
-            for half in halves:
-                chosen = [parts[i] for i in half]
-                groups.append(chosen if len(group) > 1 else [[i for part in chosen for i in part]])
-        return groups
 
-    def _cost(self, group: list[list[int]], lengths: Sequence[int]) -> float:
-        return sum(lengths[i] + self.quadratic * lengths[i] ** 2 for pack in group for i in pack)
+class _Items(NamedTuple):
+    """What is put into packs: per unit its tokens (the width, if its rows stand apart), its rows and its cost."""
+
+    sizes: list[int]
+    rows: list[int]
+    costs: list[float]
+
+    def cost(self, group: list[list[int]]) -> float:
+        return sum(self.costs[i] for pack in group for i in pack)
+
+
+def _runs(n: int, units: Sequence[int]) -> list[list[int]]:
+    """Indices 0..n-1 by runs of equal unit; -1 is a unit of its own each time."""
+    runs: list[list[int]] = []
+    for i in range(n):
+        if runs and units and units[i] == units[i - 1] != -1:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return runs
+
+
+def _expanded(group: list[list[int]], members: list[list[int]], packed: bool) -> list[list[int]]:
+    """A micro-batch of packs of units as packs of documents; what is not packed gets a row per document."""
+    if packed:
+        return [[i for item in pack for i in members[item]] for pack in group]
+    return [[i] for pack in group for item in pack for i in members[item]]
+
+
+def _more(groups: list[list[list[int]]], count: int, items: _Items) -> list[list[list[int]]]:
+    """Splits the dearest group until there are `count`, or nothing is left to split: no rank idles needlessly."""
+    groups = list(groups)
+    while groups and len(groups) < count:
+        groups.sort(key=lambda group: (sum(map(len, group)) > 1, items.cost(group)))
+        group = groups.pop()
+        if sum(map(len, group)) == 1:
+            return [*groups, group]
+        parts = group if len(group) > 1 else [[i] for i in group[0]]
+        halves = spread([items.cost([part]) for part in parts], 2) or []
+        for half in halves:
+            chosen = [parts[i] for i in half]
+            groups.append(chosen if len(group) > 1 else [[i for part in chosen for i in part]])
+    return groups
 
 
 @dataclass(frozen=True, slots=True)

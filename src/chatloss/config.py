@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from chatloss.errors import RecipeError
 
-__all__ = ["Batch", "Data", "Lora", "Loss", "Optim", "Recipe", "Run"]
+__all__ = ["Batch", "Data", "Dpo", "Lora", "Loss", "Optim", "Recipe", "Run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,29 @@ class Lora:
 
 
 @dataclass(frozen=True, slots=True)
+class Dpo:
+    """Preference objectives. Unset values are those of the loss (see `chatloss.loss.preference`).
+
+    `reference` log-probabilities are "precomputed" once and kept in `cache` (a directory; unset: in the output), or
+    computed at every step by a "frozen" copy of the model, or by the model itself with "adapter_off". `nll` is the
+    coefficient of the NLL of chosen answers, over "trained" or "all" of their tokens, under `nll_reduction`. The last
+    two weigh the two kinds of judged answers (KTO).
+    """
+
+    loss: str | None = None
+    beta: float | None = None
+    label_smoothing: float = 0.0
+    gamma: float | None = None
+    reference: Literal["precomputed", "frozen", "adapter_off"] = "precomputed"
+    cache: str | None = None
+    nll: float | None = None
+    nll_reduction: str = "token"
+    nll_tokens: Literal["trained", "all"] = "trained"
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """A whole training run. `model` is a directory, a hub id, or (init = "random") a config.json's path or contents.
 
@@ -129,7 +152,7 @@ class Recipe:
     optim: Optim = field(default_factory=Optim)
     run: Run = field(default_factory=Run)
     lora: Lora | None = None
-    dpo: dict[str, Any] | None = None
+    dpo: Dpo | None = None
 
     @classmethod
     def load(cls, path: str | Path, settings: Sequence[str] = ()) -> Recipe:

@@ -10,9 +10,10 @@ from chatloss.encode import ChatEncoder, Encoding
 from chatloss.errors import ChatlossError, DataError
 from chatloss.formats import Row
 from chatloss.markers import Markers, encode_text
+from chatloss.pairs import Answer, Pair, answers_of, examine_pair, judged, pair_of, sides
 from chatloss.reader import Reader
 
-__all__ = ["Encoded", "conversations_of", "encodings", "examples"]
+__all__ = ["Encoded", "answers", "conversations_of", "encodings", "examples", "pairs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +23,21 @@ class Encoded:
     conversation: Conversation | None
     encoding: Encoding
 
+    @property
+    def source(self) -> str:
+        return self.conversation.source if self.conversation else ""
+
 
 def conversations_of(row: Row) -> list[Conversation]:
-    """The conversations of a row: both answers of a preference pair, none of a plain text."""
+    """The conversations of a row, none of a plain text.
+
+    Those of a preference row have only the judged answers switched on, and a source that tells chosen from rejected.
+    """
     if isinstance(row, Conversation):
         return [row]
     if isinstance(row, Preference):
-        return [row.chosen, row.rejected]
-    return [row.conversation] if isinstance(row, Label) else []
+        return list(sides(row))
+    return [judged(row)] if isinstance(row, Label) else []
 
 
 def encodings(
@@ -49,7 +57,7 @@ def encodings(
                     hint="keep the chosen answers only, as messages", kind="preference",
                 )
             made = _encode(row, encoder, markers)
-            fatal = next((p.error(row.source) for e in made for p in e.encoding.problems if p.fatal), None)
+            fatal = next((p.error(e.source or row.source) for e in made for p in e.encoding.problems if p.fatal), None)
             if strict and fatal is not None:
                 raise fatal
         except ChatlossError as error:
@@ -65,6 +73,39 @@ def examples(reader: Reader, encoder: ChatEncoder, *, markers: Markers | None = 
             yield made
 
 
+def pairs(reader: Reader, encoder: ChatEncoder) -> Iterator[Pair]:
+    """What preference training takes: pairs that are whole. Rows that give none join the reader's rejects."""
+    for row in reader:
+        try:
+            if not isinstance(row, Preference):
+                raise DataError(
+                    "not a preference pair", where=row.source, kind="not a pair",
+                    hint="rows need chosen and rejected; judged single answers are for objective = 'kto'",
+                )
+            pair = pair_of(encoder, row)
+        except ChatlossError as error:
+            reader.reject(row.source, error)
+            continue
+        if pair is not None:
+            yield pair
+
+
+def answers(reader: Reader, encoder: ChatEncoder) -> Iterator[Answer]:
+    """What KTO takes: judged answers; a pair gives one of each kind. Rows that give none join the reader's rejects."""
+    for row in reader:
+        try:
+            if not isinstance(row, Preference | Label):
+                raise DataError(
+                    "not a judged answer", where=row.source, kind="not judged",
+                    hint="rows need a boolean label, or chosen and rejected",
+                )
+            made = answers_of(encoder, row)
+        except ChatlossError as error:
+            reader.reject(row.source, error)
+            continue
+        yield from made
+
+
 def _encode(row: Row, encoder: ChatEncoder, markers: Markers | None) -> list[Encoded]:
     if isinstance(row, Text):
         if markers is None:
@@ -74,4 +115,6 @@ def _encode(row: Row, encoder: ChatEncoder, markers: Markers | None) -> list[Enc
             )
         sample = encode_text(encoder.tokens, row.text, markers, source=row.source, decode=encoder.decode)
         return [Encoded(None, Encoding([sample], sample.outcomes, {}, ()))]
+    if isinstance(row, Preference):
+        return [Encoded(*side) for side in zip(sides(row), examine_pair(encoder, row), strict=True)]
     return [Encoded(conversation, encoder.examine(conversation)) for conversation in conversations_of(row)]

@@ -6,14 +6,16 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chatloss.config import Recipe
+from chatloss.dataset import Joined, Prepared, is_prepared
 from chatloss.encode import ChatEncoder
 from chatloss.errors import RecipeError
-from chatloss.pipeline import examples
+from chatloss.pairs import mismatched, prompt_ids
+from chatloss.pipeline import answers, examples, pairs
 from chatloss.policy import Policy
 from chatloss.reader import read
 from chatloss.sample import Sample
@@ -41,11 +43,14 @@ def recipe_encoder(recipe: Recipe) -> ChatEncoder:
 
 def encode_files(
     recipe: Recipe, encoder: ChatEncoder, files: Sequence[str], *, rejects: Path | None = None
-) -> tuple[list[list[Sample]], list[list[int]]]:
+) -> tuple[Sequence[list[Sample]], list[list[int]]]:
     """(examples, prompts): the rows of every conversation, and the ids an engine holds before its first answer.
 
-    Rejected rows are written to `rejects` and summed up on stderr; too many of them raise `DataError`.
+    `files` that are prepared directories are read when needed, and give no more prompts than the recipe asks for. Else
+    rejected rows are written to `rejects` and summed up on stderr; too many of them raise `DataError`.
     """
+    if any(map(is_prepared, files)):
+        return _prepared(recipe, encoder, files)
     reader = read(list(files), input_format=recipe.data.input_format or "auto", max_rejects=recipe.data.max_rejects)
     made: list[list[Sample]] = []
     prompts: list[list[int]] = []
@@ -64,6 +69,44 @@ def encode_files(
     if cut:
         print(f"left out {cut} turns that max_length cuts; see --overflow", file=sys.stderr)
     return made, prompts
+
+
+def _prepared(
+    recipe: Recipe, encoder: ChatEncoder, directories: Sequence[str]
+) -> tuple[Sequence[list[Sample]], list[list[int]]]:
+    chats = next((name for name in directories if not is_prepared(name)), None)
+    if chats is not None:
+        hint = "prepare it too, or train on chats only"
+        raise RecipeError("chats beside prepared directories", where=f"data: {chats}", hint=hint)
+    policy = asdict(Policy.from_dict(recipe.data.policy))
+    chosen = {"policy": {name: policy[name] for name in recipe.data.policy}}
+    parts = [Prepared(directory, encoder.decode) for directory in directories]
+    for part in parts:
+        part.check_made_with(encoder, **chosen, template_kwargs=recipe.data.template_kwargs)
+    made = Joined(parts) if len(parts) > 1 else parts[0]
+    return made, [_first_prompt(made[i][0]) for i in range(min(recipe.run.samples, len(made)))]
+
+
+def encode_preferences(
+    recipe: Recipe, encoder: ChatEncoder, files: Sequence[str], *, rejects: Path | None = None
+) -> tuple[list[Any], list[list[int]]]:
+    """(pairs, or judged answers for KTO; prompts); rejected rows are treated as `encode_files` does."""
+    reader = read(list(files), input_format=recipe.data.input_format or "auto", max_rejects=recipe.data.max_rejects)
+    from chatloss.objectives import is_unpaired
+
+    made: list[Any] = []
+    unpaired = is_unpaired(recipe)
+    try:
+        made += answers(reader, encoder) if unpaired else pairs(reader, encoder)
+    finally:
+        if reader.rejects and rejects is not None:
+            rejects.parent.mkdir(parents=True, exist_ok=True)
+            reader.write_rejects(rejects)
+            kinds = ", ".join(f"{count} {kind}" for kind, count in reader.reject_counts.most_common())
+            print(f"rejected {reader.n_rejected} of {reader.n_rows} rows ({kinds}); see {rejects}", file=sys.stderr)
+    asked = made if unpaired else [pair.chosen for pair in made]
+    prompts = [prompt_ids(answer.rows).tolist() for answer in asked[: recipe.run.samples]]
+    return (mismatched(made) if unpaired else made), prompts
 
 
 def _first_prompt(row: Sample) -> list[int]:
@@ -114,10 +157,11 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, quiet: bool = False) -> T
         raise RecipeError("the recipe names no training data", where="data.train", hint="set train = ['chats.jsonl']")
     encoder = recipe_encoder(recipe)
     output = Path(recipe.output or ".")
-    trained, prompts = encode_files(recipe, encoder, recipe.data.train, rejects=output / "rejects.jsonl")
-    evaluated: list[list[Sample]] = []
+    encode: Any = encode_files if recipe.objective == "sft" else encode_preferences
+    trained, prompts = encode(recipe, encoder, recipe.data.train, rejects=output / "rejects.jsonl")
+    evaluated: Sequence[Any] = []
     if recipe.data.eval:
-        evaluated, prompts = encode_files(recipe, encoder, recipe.data.eval, rejects=output / "rejects-eval.jsonl")
+        evaluated, prompts = encode(recipe, encoder, recipe.data.eval, rejects=output / "rejects-eval.jsonl")
     return train(
         recipe, trained, evaluated or None, tokenizer_files=write_tokenizer(encoder), decode=encoder.decode,
         prompts=prompts[: recipe.run.samples], stop_ids=stop_ids(encoder),
@@ -129,7 +173,7 @@ def verify_recipe(recipe: Recipe, ranks: Sequence[int] = (1, 2, 4)) -> Report:
     """The recipe's first global batch under every partition and row format; see `chatloss.verify.verify`."""
     from chatloss.verify import verify
 
-    formats: dict[str, list[list[Sample]]] = {}
+    formats: dict[str, Sequence[list[Sample]]] = {}
     for row_format in ("auto", "per_turn"):
         policy = {**recipe.data.policy, "row_format": row_format}
         encoder = recipe_encoder(replace(recipe, data=replace(recipe.data, policy=policy)))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +17,11 @@ from chatloss.batch import IGNORE, MicroBatch
 from chatloss.errors import RecipeError
 from chatloss.parallel import World, gradient_scale, unsynchronised
 
-__all__ = ["StepResult", "autocast_to", "blame", "clip_gradient", "gradient", "mean", "tensors"]
+__all__ = ["StepResult", "Terms", "autocast_to", "blame", "clip_gradient", "gradient", "mean", "tensors"]
+
+# (micro-batch, sums and nll that `TokenLoss` returned) -> the numerator of every term of the loss, with a gradient, and
+# float64 values that are only summed up and reported.
+Terms = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, npt.NDArray[np.float64]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +30,8 @@ class StepResult:
 
     `loss` is the value whose gradient was taken, `terms` its parts (token loss, load balancing), `denominators` what
     each was divided by, `tokens` the trained tokens, `inputs` the input tokens without padding and `computed` with it.
-    `skipped` says that the token denominator is 0: there is no gradient, and no step must be taken.
+    `skipped` says that the first denominator is 0: there is no gradient, and no step must be taken. `measures` is what
+    the objective reports of itself.
     """
 
     loss: float
@@ -35,42 +41,55 @@ class StepResult:
     inputs: int
     computed: int
     skipped: bool = False
+    measures: tuple[float, ...] = ()
 
 
 def gradient(
-    module: nn.Module, micro_batches: Sequence[MicroBatch], denominator: float, world: World | None = None, *,
-    autocast: torch.dtype | None = None, moe_aux: bool = False,
+    module: nn.Module, micro_batches: Sequence[MicroBatch], denominators: float | Sequence[float],
+    world: World | None = None, *, autocast: torch.dtype | None = None, moe_aux: bool = False,
+    terms: Terms | None = None,
 ) -> StepResult:
     """Adds the gradient of ``sum_t u_t w_t nll_t / Z`` to the parameters' `.grad`, over all micro-batches and ranks.
 
     `module` is a `TokenLoss`, wrapped by `World.wrap` on several ranks. `micro_batches` are this rank's (each rank has
-    equally many) and `denominator` is this rank's share of `Z`: the shares are summed before the first backward. Load
-    balancing (`moe_aux`) is divided by the number of input tokens. Raises `RecipeError` naming the rows if a loss is
-    not finite.
+    equally many) and `denominators` is this rank's share of `Z`: the shares are summed before the first backward.
+    Another objective than token losses gives its `terms`, and a share of the denominator of each. Load balancing
+    (`moe_aux`) is divided by the number of input tokens. Raises `RecipeError` naming the rows if a loss is not finite.
     """
-    world = world or World()
+    world, terms = world or World(), terms or _token_loss
     inputs = sum(batch.tokens for batch in micro_batches)
-    z = world.sum([denominator, inputs])[: 2 if moe_aux else 1]
+    shares = [denominators] if isinstance(denominators, int | float) else list(denominators)
+    z = world.sum([*shares, inputs])[: len(shares) + moe_aux]
     if z[0] == 0.0:
         return StepResult(0.0, (0.0,) * len(z), tuple(z.tolist()), 0, 0, 0, skipped=True)
     scale = gradient_scale(module, world) / z
     numerators = np.zeros(len(z))
+    reported: list[npt.NDArray[np.float64]] = []
     nlls: list[Tensor] = []
     for i, batch in enumerate(micro_batches):
         with unsynchronised(module, last=i == len(micro_batches) - 1):
             with autocast_to(world.device, autocast):
                 sums, nll = module(*tensors(batch, module, world.device))
-            (sums * torch.as_tensor(scale).to(sums)).sum().backward()
-        numerators += sums.detach().double().cpu().numpy()
-        nlls.append(nll)
+            own, measures = terms(batch, sums, nll)
+            parts = torch.cat([own, sums[1:]]) if moe_aux else own
+            loss: Tensor = (parts * torch.as_tensor(scale).to(parts)).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+        numerators += parts.detach().double().cpu().numpy()
+        reported.append(measures)
+        nlls.append(nll.detach())
     tokens = sum(int((batch.weights != 0).sum()) for batch in micro_batches)
     computed = sum(batch.input_ids.size for batch in micro_batches)
-    sums_all = world.sum([*numerators, tokens, inputs, computed])
-    terms = sums_all[: len(z)] / z
-    if not np.isfinite(terms).all():
+    everything = world.sum([*numerators, tokens, inputs, computed, *sum(reported)])  # type: ignore[misc]
+    values = everything[: len(z)] / z
+    if not np.isfinite(values).all():
         raise _not_finite("loss", [row for b, n in zip(micro_batches, nlls, strict=True) for row in _bad(b, n)], world)
-    tokens, inputs, computed = (int(value) for value in sums_all[len(z) :])
-    return StepResult(math.fsum(terms), tuple(terms.tolist()), tuple(z.tolist()), tokens, inputs, computed)
+    tokens, inputs, computed = (int(value) for value in everything[len(z) : len(z) + 3])
+    return StepResult(math.fsum(values), tuple(values.tolist()), tuple(z.tolist()), tokens, inputs, computed,
+                      measures=tuple(everything[len(z) + 3 :].tolist()))
+
+
+def _token_loss(batch: MicroBatch, sums: Tensor, nll: Tensor) -> tuple[Tensor, npt.NDArray[np.float64]]:
+    return sums[:1], np.zeros(0)
 
 
 def clip_gradient(module: nn.Module, max_norm: float) -> float:

@@ -6,28 +6,28 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from chatloss import checkpoint
-from chatloss.batch import Document, GlobalBatch, Layout, documents_of, global_batches
+from chatloss.batch import Document, GlobalBatch, Layout, global_batches
 from chatloss.config import Optim, Recipe, differences
 from chatloss.errors import RecipeError
-from chatloss.evaluate import evaluate, greedy
+from chatloss.evaluate import greedy
 from chatloss.log import Logger
 from chatloss.loss.model import TokenLoss
 from chatloss.models import caveats, head_difference, isolation_difference, load_model
+from chatloss.objective import first_documents
+from chatloss.objectives import objective_of, refer
 from chatloss.parallel import World, join_world
-from chatloss.reduction import Reduction
-from chatloss.sample import Sample
+from chatloss.references import Machine
 from chatloss.step import blame, clip_gradient, gradient
 
-__all__ = ["Survey", "TrainResult", "learning_rate", "survey", "train"]
+__all__ = ["TrainResult", "learning_rate", "train"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +47,13 @@ class TrainResult:
     metrics: Path
 
 
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """What one pass over all examples finds: trained tokens per example, the longest row, the largest id, a digest."""
-
-    trained: tuple[int, ...]
-    longest: int
-    largest_id: int
-    digest: str
-
-
 def train(
-    recipe: Recipe, train_examples: Sequence[Sequence[Sample]],
-    eval_examples: Sequence[Sequence[Sample]] | None = None, *, tokenizer_files: Callable[[Path], None],
-    decode: Callable[[Sequence[int]], str], prompts: Sequence[Sequence[int]] = (), stop_ids: Sequence[int] = (),
-    vocab_size: int | None = None, fresh: bool = False, quiet: bool = False,
+    recipe: Recipe, train_examples: Sequence[Any], eval_examples: Sequence[Any] | None = None, *,
+    tokenizer_files: Callable[[Path], None], decode: Callable[[Sequence[int]], str],
+    prompts: Sequence[Sequence[int]] = (), stop_ids: Sequence[int] = (), vocab_size: int | None = None,
+    fresh: bool = False, quiet: bool = False,
 ) -> TrainResult:
-    """Trains a model on encoded examples; an example is all rows of one conversation.
+    """Trains a model on encoded examples: all rows of a conversation, a `Pair` or a `Judged` answer, by the objective.
 
     `tokenizer_files` writes the tokenizer and chat template into a checkpoint directory. `prompts` are ids to answer at
     evaluations, `stop_ids` where answers end. `vocab_size` is for a random model whose config has none. Under
@@ -84,12 +74,10 @@ class _Run:
     """One training run, in the order in which things happen."""
 
     def __init__(
-        self, recipe: Recipe, examples: Sequence[Sequence[Sample]], eval_examples: Sequence[Sequence[Sample]],
+        self, recipe: Recipe, examples: Sequence[Any], eval_examples: Sequence[Any],
         world: World, tokenizer_files: Callable[[Path], None], decode: Callable[[Sequence[int]], str],
         prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], vocab_size: int | None, fresh: bool, quiet: bool,
     ) -> None:
-        if recipe.objective != "sft":
-            raise RecipeError(f"objective {recipe.objective!r} is not known", where="objective", hint="use 'sft'")
         if not recipe.output:
             raise RecipeError("the recipe names no output directory", where="output", hint="set output = 'runs/first'")
         self.recipe, self.world = recipe, world
@@ -99,10 +87,10 @@ class _Run:
         self.output = Path(recipe.output)
         self.checkpoints = self.output / "checkpoints"
         self.notes: list[str] = []
-        self.reduction = Reduction.parse(recipe.loss.reduction, recipe.loss.weight_norm)
+        self.objective = objective_of(recipe)
         self.autocast = torch.bfloat16 if recipe.run.dtype == "bfloat16" else None
 
-        self.survey = survey(examples, self.reduction)
+        self.survey = self.objective.survey(examples)
         if len(set(world.gather(self.survey.digest))) > 1:
             raise RecipeError("the ranks do not hold the same examples", where="data.train")
         self.total = self._total_steps()
@@ -116,6 +104,7 @@ class _Run:
         self.module = world.wrap(self.loss, recipe.run.parallel, layers)
         self.optimizer = _optimizer(self.loss, recipe.optim)
         self.layout = self._layout()
+        self._compare(vocab_size)
         if self.resumed is not None:
             checkpoint.load_optimizer(self.resumed, self.loss, self.optimizer)
         self.logger = None
@@ -135,18 +124,18 @@ class _Run:
         for batch in islice(self._batches(), self.total - state["step"]):
             began = time.perf_counter()
             step = state["step"]
-            documents, denominator = self._documents(batch)
+            work = self.objective.work([self.examples[i] for i in batch.examples], self.layout, self.module, self.world,
+                                       self.autocast)
             # Noise (dropout) is a function of seed, step and rank, so that no generator's state needs to be saved.
             torch.manual_seed(_noise_seed(recipe.seed, step, self.world.rank))
-            micro_batches = self.layout.micro_batches(documents, self.world.rank)
-            result = gradient(self.module, micro_batches, denominator, self.world, autocast=self.autocast,
-                              moe_aux=bool(self.loss.moe_aux))
+            result = gradient(self.module, work.micro_batches, work.denominators, self.world, autocast=self.autocast,
+                              moe_aux=bool(self.loss.moe_aux), terms=work.terms)
             rate = learning_rate(step, self.total, recipe.optim)
             norm = 0.0
             if not result.skipped:
                 norm = clip_gradient(self.loss, recipe.optim.max_grad_norm)
                 if not math.isfinite(norm):
-                    raise blame(self.module, micro_batches, self.world, self.autocast)
+                    raise blame(self.module, work.micro_batches, self.world, self.autocast)
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
                 self.optimizer.step()
@@ -159,7 +148,8 @@ class _Run:
                 "loss": result.loss, "lr": rate, "grad_norm": norm, "tokens": result.tokens, "epoch": batch.epoch,
                 "examples": len(batch.examples), "denominator": result.denominators[0], "skipped": result.skipped,
                 "inputs": result.inputs, "computed": result.computed, "seconds": seconds,
-                **({"moe_aux": result.terms[1]} if len(result.terms) > 1 else {}),
+                **({"moe_aux": result.terms[-1]} if self.loss.moe_aux else {}),
+                **({} if result.skipped else self.objective.metrics(result.measures)),
             })
             last = step + 1 == self.total
             if last or (recipe.run.eval_every and (step + 1) % recipe.run.eval_every == 0):
@@ -217,7 +207,7 @@ class _Run:
 
     def _token_loss(self, model: Any) -> TokenLoss:
         """The model with its loss, after a look at what its head and its experts do."""
-        loss = TokenLoss(model)
+        loss = TokenLoss(model, per_token=self.objective.per_token)
         rows = int(model.get_input_embeddings().weight.shape[0])
         if self.survey.largest_id >= rows:
             raise RecipeError(
@@ -245,40 +235,38 @@ class _Run:
             if any(self.world.gather(leak)):
                 packing = "none"
                 self.notes.append(f"packing is off, rows are padded instead: {leak}")
-        micro_tokens = batch.micro_tokens
+        micro_tokens, survey = batch.micro_tokens, self.survey
+        most = survey.longest if packing == "best_fit" else survey.widest
         if micro_tokens is None and batch.micro_rows is None:
-            micro_tokens = max(4096, self.survey.longest)
+            micro_tokens = max(4096, most)
         layout = Layout(
             ranks=self.world.size, micro_tokens=micro_tokens, micro_rows=batch.micro_rows, packing=packing,
-            pack_tokens=self.survey.longest,
+            pack_tokens=most,
             quadratic=1.0 / (6.0 * self.loss.inner.config.get_text_config().hidden_size),
         )
-        layout.plan([self.survey.longest])  # refuses rows that do not fit, now and not in mid-run
+        layout.plan([most])  # refuses rows that do not fit, now and not in mid-run
+        layout.plan([1] * survey.rows, [0] * survey.rows)
         return layout
 
+    def _compare(self, vocab_size: int | None) -> None:
+        """What a preference objective needs of its reference model."""
+        machine = Machine(self.layout, self.world, self.autocast)
+        referred = refer(self.objective, self.recipe, self.loss, self.examples, self.eval_examples, machine, vocab_size,
+                         self.state.get("reference", ""))
+        self.objective, self.examples = referred.objective, referred.examples
+        self.eval_examples = referred.eval_examples
+        if referred.fingerprint:
+            self.state["reference"] = referred.fingerprint
+
     def _first_documents(self) -> list[Document]:
-        everything = (d for rows in self.examples for d in documents_of(rows, self.reduction.of_example(rows)))
-        return list(islice(everything, 3))
+        return first_documents(self.objective, self.examples)
 
     # -- in the loop ----------------------------------------------------------------------------------------------
-
-    def _documents(self, batch: GlobalBatch) -> tuple[list[Document], float]:
-        """All documents of a global batch, and this rank's share of its denominator."""
-        documents: list[Document] = []
-        shares = []
-        for i, index in enumerate(batch.examples):
-            weights = self.reduction.of_example(self.examples[index])
-            documents += documents_of(self.examples[index], weights)
-            if i % self.world.size == self.world.rank:
-                shares.append(weights.denominator)
-        return documents, math.fsum(shares)
 
     def _evaluate(self) -> None:
         """Measures and logs; the newest values are part of the state."""
         if self.eval_examples:
-            width = max((len(row) for rows in self.eval_examples for row in rows), default=1)
-            layout = replace(self.layout, micro_tokens=max(self.layout.micro_tokens or width, width), micro_rows=None)
-            values = evaluate(self.module, self.eval_examples, self.reduction, layout, self.world, self.autocast)
+            values = self.objective.evaluate(self.module, self.eval_examples, self.layout, self.world, self.autocast)
             self._log("eval", values)
             self.state["eval"] = values
         if self.prompts and self.world.rank == 0 and (self.world.size == 1 or self.recipe.run.parallel == "ddp"):
@@ -296,21 +284,6 @@ class _Run:
     def _log(self, kind: str, values: dict[str, Any]) -> None:
         if self.logger is not None:
             self.logger.write(kind, self.state["step"], values)
-
-
-def survey(examples: Sequence[Sequence[Sample]], reduction: Reduction) -> Survey:
-    """One pass over all examples: what the trainer must know before it starts."""
-    trained, longest, largest = [], 1, 0
-    digest = hashlib.blake2b(digest_size=16)
-    for rows in examples:
-        weights = reduction.of_example(rows)
-        trained.append(weights.tokens)
-        digest.update(f"example {len(rows)}".encode())
-        for row, document in zip(rows, weights.weights, strict=True):
-            longest = max(longest, int(np.flatnonzero(document)[-1]) if document.any() else 0)
-            largest = max(largest, int(row.input_ids.max(initial=0)))
-            digest.update(row.input_ids.tobytes() + document.tobytes())
-    return Survey(tuple(trained), longest, largest, digest.hexdigest())
 
 
 def learning_rate(step: int, total: int, optim: Optim) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from chatloss.batch import IGNORE
-from chatloss.loss.nll import logits_nll, weighted_nll
+from chatloss.loss.nll import logits_nll, token_nll, weighted_nll
 
 __all__ = ["TokenLoss"]
 
@@ -20,14 +20,18 @@ class TokenLoss(nn.Module):
 
     With `own_logits` the model computes its logits itself (soft-capping, scaling, an unusual head); otherwise hidden
     states are selected first and logits exist for wanted tokens only, a chunk at a time. `moe_aux` is the coefficient
-    of the load-balancing loss of a mixture of experts, 0 for none.
+    of the load-balancing loss of a mixture of experts, 0 for none. With `per_token` the nll of every token carries the
+    gradient, for losses that are no weighted sum of them.
     """
 
-    def __init__(self, model: nn.Module, own_logits: bool = False, moe_aux: float = 0.0) -> None:
+    def __init__(
+        self, model: nn.Module, own_logits: bool = False, moe_aux: float = 0.0, per_token: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.own_logits = own_logits
         self.moe_aux = moe_aux
+        self.per_token = per_token
 
     @property
     def inner(self) -> Any:
@@ -39,6 +43,8 @@ class TokenLoss(nn.Module):
         self, input_ids: Tensor, position_ids: Tensor, target_ids: Tensor, weights: Tensor, real: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Sums [1 or 2] (token loss; load balancing, times its tokens) and nll [wanted targets] without a gradient.
+
+        With `per_token` it is the nll that has the gradient, and the token loss that has none.
 
         `input_ids`, `position_ids`, `target_ids` int64 [B, T], `weights` [B, T]; `real` bool [B, T] is False at padding
         (only load balancing asks). No attention mask: rows are right-padded, and documents are told apart by positions.
@@ -56,11 +62,15 @@ class TokenLoss(nn.Module):
             else:
                 out = self.inner(**kwargs)
                 logits = out.logits[:, columns]
-            total, nll = logits_nll(logits[wanted[:, columns]], targets, weights)
+            total, nll = logits_nll(logits[wanted[:, columns]], targets, weights, self.per_token)
         else:
             out = self.inner.base_model(**kwargs)
-            head = self.inner.get_output_embeddings()
-            total, nll = weighted_nll(out.last_hidden_state[wanted], head.weight, head.bias, targets, weights)
+            head, hidden = self.inner.get_output_embeddings(), out.last_hidden_state[wanted]
+            if self.per_token:
+                nll = token_nll(hidden, head.weight, head.bias, targets)
+                total = (nll.detach() * weights).sum()
+            else:
+                total, nll = weighted_nll(hidden, head.weight, head.bias, targets, weights)
         if not self.moe_aux:
             return torch.stack([total]), nll
         aux = self._balance(out.router_logits, input_ids, real)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["logits_nll", "weighted_nll"]
+__all__ = ["logits_nll", "token_nll", "weighted_nll"]
 
 # Elements of the logits that exist at once: 32 MiB in float32 on CPU; GPUs want larger products.
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
@@ -31,25 +31,100 @@ def weighted_nll(
     >>> torch.testing.assert_close(total, expected)
     >>> torch.testing.assert_close(torch.autograd.grad(total, w), torch.autograd.grad(expected, w))
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    rows = chunk or max(16, CHUNK_ELEMENTS.get(hidden.device.type, 2**24) // weight.shape[0])
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    rows = chunk or _chunk_rows(weight)
     out: tuple[Tensor, Tensor] = _WeightedNLL.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, target_ids, weights, rows, torch.is_grad_enabled()
     )
     return out
 
 
-def logits_nll(logits: Tensor, target_ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The same sum and nll from logits [N, V] that a model computed itself."""
+def token_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, chunk: int = 0) -> Tensor:
+    """``nll_t = logsumexp(W h_t + b) - (W h_t + b)[target_t]`` of every token, [N], each with a gradient of its own.
+
+    Shapes, dtypes and `chunk` as in `weighted_nll`, for losses whose token weights follow from the values themselves.
+    Logits are computed twice, a chunk at a time: only their logsumexp is kept for the backward pass.
+
+    >>> h, w = torch.randn(5, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    >>> target = torch.tensor([0, 6, 3, 2, 2])
+    >>> nll = token_nll(h, w, None, target, chunk=2)
+    >>> expected = torch.nn.functional.cross_entropy(h @ w.T, target, reduction="none")
+    >>> torch.testing.assert_close(nll, expected)
+    >>> got, want = torch.autograd.grad((nll**2).sum(), w), torch.autograd.grad((expected**2).sum(), w)
+    >>> torch.testing.assert_close(got, want)
+    """
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    out: Tensor = _TokenNLL.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, target_ids, chunk or _chunk_rows(weight)
+    )
+    return out
+
+
+def logits_nll(
+    logits: Tensor, target_ids: Tensor, weights: Tensor, per_token: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The same sum and nll from logits [N, V] that a model computed itself; `per_token`: the nll has the gradient."""
     nll = torch.nn.functional.cross_entropy(logits.to(_at_least_float32(logits)), target_ids, reduction="none")
+    if per_token:
+        return (nll.detach() * weights).sum(), nll
     return (nll * weights).sum(), nll.detach()
 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _chunk_rows(weight: Tensor) -> int:
+    return max(16, CHUNK_ELEMENTS.get(weight.device.type, 2**24) // weight.shape[0])
+
+
+class _TokenNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, rows: int
+    ) -> Tensor:
+        total = torch.empty(len(hidden), dtype=_at_least_float32(hidden), device=hidden.device)  # log sum exp logits
+        chosen = torch.empty_like(total)
+        for start in range(0, len(hidden), rows):
+            at = slice(start, start + rows)
+            logits = torch.nn.functional.linear(hidden[at], weight, bias).to(total.dtype)
+            total[at] = logits.logsumexp(-1)
+            chosen[at] = logits.gather(1, target_ids[at, None]).squeeze(1)
+        ctx.save_for_backward(hidden, weight, bias, target_ids, total)
+        ctx.rows = rows
+        return total - chosen
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, target_ids, total = ctx.saved_tensors
+        wants = ctx.needs_input_grad
+        d_hidden = torch.empty_like(hidden) if wants[0] else None
+        d_weight = torch.zeros_like(weight, dtype=total.dtype) if wants[1] else None
+        d_bias = torch.zeros_like(bias, dtype=total.dtype) if wants[2] and bias is not None else None
+        for start in range(0, len(hidden), ctx.rows):
+            at = slice(start, start + ctx.rows)
+            g = grads[0][at, None].to(total.dtype)
+            logits = torch.nn.functional.linear(hidden[at], weight, bias).to(total.dtype)
+            d_logits = logits.sub_(total[at, None]).exp_().mul_(g)
+            d_logits.scatter_add_(1, target_ids[at, None], -g)
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+            low = d_logits.to(hidden.dtype)
+            if d_hidden is not None:
+                d_hidden[at] = low @ weight
+            if d_weight is not None and low.dtype == total.dtype:
+                d_weight.addmm_(low.T, hidden[at])
+            elif d_weight is not None:
+                d_weight += low.T @ hidden[at]
+        return (d_hidden, None if d_weight is None else d_weight.to(weight.dtype),
+                None if d_bias is None or bias is None else d_bias.to(bias.dtype), None, None)
 
 
 class _WeightedNLL(torch.autograd.Function):
