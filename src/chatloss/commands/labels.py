@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import NoReturn
 
-from chatloss.commands.common import console, print_json
+from chatloss.commands.common import console, print_json, tell_rejects
 from chatloss.errors import UsageError
 from chatloss.options import Source
 
@@ -23,7 +24,9 @@ def audit_labels(
         raise UsageError("DATA and --labels do not go together", hint="give the chats of these rows with --chats")
     encoder = source.encoder()
     rows = read_labels(list(labels), vocabulary=getattr(encoder.loaded.tokens, "size", 0))
-    report = check_labels(rows, encoder, max_rejects=source.max_rejects, keep_samples=2000 if html else 0)
+    made_of = replace(source, data=chats).reader(lenient=True) if chats else None
+    kept = 2000 if html else 0
+    report = check_labels(rows, encoder, chats=made_of, max_rejects=source.max_rejects, keep_samples=kept)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -35,4 +38,6 @@ def audit_labels(
                    roles=report.roles, summary=report.summary_for_page(), findings=report.findings_for_page(),
                    rejects=rows.rejects, peer_weights=report.weights, peer_name="labels")
         print(f"wrote {html}", file=sys.stderr)
+    if made_of is not None:
+        tell_rejects(made_of.rejects, made_of.reject_counts, made_of.n_rejected)
     raise SystemExit(report.exit_code(strict))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -11,29 +12,37 @@ import numpy as np
 import numpy.typing as npt
 
 from chatloss.causes import Cause
+from chatloss.chat import Conversation
 from chatloss.check_report import CheckFinding
 from chatloss.encode import ChatEncoder
 from chatloss.findings import SEVERITIES
+from chatloss.formats import Row
+from chatloss.labels.difference import DIFFERENCE_CAUSES, Comparison
 from chatloss.labels.findings import LABEL_CAUSES, LabelHit, examine, window
 from chatloss.labels.reconstruct import Document, Kind, Reconstructor
 from chatloss.labels.report import LABEL_COUNTS, LabelsReport
 from chatloss.labels.rows import LabelReader, LabelRow, read_labels
 from chatloss.labels.structure import Structure
-from chatloss.sample import Sample, Span
+from chatloss.pipeline import conversations_of
+from chatloss.sample import Reason, Sample, Span
 from chatloss.tally import Seen
 
 __all__ = ["check_labels"]
 
-_TOTALS = {"turn": "turns", "document": "documents", "row": "rows", "input row": "input_rows"}
+Mask = npt.NDArray[np.bool_]
+
+_TOTALS = {"chat": "chats", "turn": "turns", "document": "documents", "row": "rows", "input row": "input_rows"}
 
 
 def check_labels(
-    data: Any, encoder: ChatEncoder, *, max_rejects: float = 0.01, keep_samples: int = 0
+    data: Any, encoder: ChatEncoder, *, chats: Iterable[Row] | None = None, max_rejects: float = 0.01,
+    keep_samples: int = 0,
 ) -> LabelsReport:
     """Audit rows of ids with labels or a mask (see `read_labels`), made by any tool with the encoder's tokenizer.
 
     What each token is, is told from the ids and from what the encoder's template writes around messages.
-    `keep_samples`: so many rows are kept for a page. Raises `DataError` for data that cannot be read at all.
+    `chats`, usually a `Reader`, are what the rows were made of: then every turn is compared with what the encoder makes
+    of it. `keep_samples`: so many rows are kept for a page. Raises `DataError` for data that cannot be read at all.
 
     >>> from chatloss.demo import tokenizer_directory
     >>> encoder = ChatEncoder.load(tokenizer_directory())
@@ -45,7 +54,8 @@ def check_labels(
     >>> [(finding.cause, finding.count, finding.example) for finding in report.findings]
     [('stop_untrained', 1, '<list>:1')]
     """
-    audit = _Audit(encoder, keep_samples)
+    conversations = None if chats is None else (chat for row in chats for chat in conversations_of(row))
+    audit = _Audit(encoder, keep_samples, conversations)
     reader = data if isinstance(data, LabelReader) else read_labels(
         data, vocabulary=getattr(encoder.loaded.tokens, "size", 0))
     for row in reader:
@@ -57,8 +67,9 @@ def check_labels(
 class _Audit:
     """What has been counted so far."""
 
-    def __init__(self, encoder: ChatEncoder, keep: int) -> None:
+    def __init__(self, encoder: ChatEncoder, keep: int, chats: Iterable[Conversation] | None) -> None:
         self.encoder, self.keep = encoder, keep
+        self.comparison = None if chats is None else Comparison(encoder, chats)
         tokens = encoder.loaded.tokens
         control = getattr(tokens, "added", tokens.special)
         self.reconstructor = Reconstructor(Structure.of(encoder), encoder.decode, list(control.values()))
@@ -118,13 +129,27 @@ class _Audit:
         self.trained += np.bincount(document.kinds[trained], minlength=len(Kind))
         known = len(self.seen)
         for found in examine(document, trained, self.stops, first=first):
-            self.hit(found.cause, source, f"tokens {found.start}-{found.end - 1}: {window(document, found)}")
+            self.hit(found.cause, source, _shown(document, found))
+        expected = self.beside(document, trained, source)
         if self.bos >= 0 and ids[:2].tolist() == [self.bos] * 2:
             self.hit("double_bos", source, window(document, LabelHit("double_bos", 0, 2)))
         if self.keep and (len(self.samples) < self.keep or len(self.seen) > known):
             self.weights[len(self.samples)] = weights
-            self.samples.append(as_sample(document, source, self.encoder))
+            self.samples.append(as_sample(document, source, self.encoder, expected))
             self.roles[source] = document.roles
+
+    def beside(self, document: Document, trained: Mask, source: str) -> Mask | None:
+        """What we would train of a document, None without its chat; the differences are counted."""
+        if self.comparison is None:
+            return None
+        found = self.comparison.document(document, trained)
+        if found is None:
+            self.hit("unmatched", source, _shown(document, LabelHit("unmatched", 0, min(8, len(document.ids)))))
+            return None
+        for hit in found.hits:
+            if hit.cause in DIFFERENCE_CAUSES:
+                self.hit(hit.cause, source, f"{found.chat}: {_shown(document, hit)}")
+        return found.ours
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -141,17 +166,27 @@ class _Audit:
             self.seen["too_many_rejects"].count = reader.n_rejected
 
     def report(self) -> LabelsReport:
+        if self.comparison is not None:
+            self.comparison.finish()
+            for place in self.comparison.lost:
+                self.hit("turn_lost", place)
+            if left := self.comparison.names["chats without a row"]:
+                self.hit("chat_without_row", "")
+                self.seen["chat_without_row"].count = left
+            self.n["chats"] = self.comparison.matcher.n_read
         findings = [self.finding(cause, seen) for cause, seen in self.seen.items()]
         findings.sort(key=lambda f: (SEVERITIES.index(f.severity), -f.count, f.cause))
         kinds = {kind: (int(self.totals[kind]), int(self.trained[kind])) for kind in Kind if self.totals[kind]}
         return LabelsReport(
             tokenizer=self.encoder.loaded.name, columns=dict(self.columns),
             counts={name: self.n[name] for name in LABEL_COUNTS}, kinds=kinds, findings=tuple(findings),
+            differences={} if self.comparison is None else dict(self.comparison.names.most_common()),
+            tokens={} if self.comparison is None else dict(self.comparison.tokens),
             samples=tuple(self.samples), weights=self.weights, roles=self.roles,
         )
 
     def finding(self, cause: str, seen: Seen) -> CheckFinding:
-        known = LABEL_CAUSES.get(cause) or _REJECTS.get(cause) or Cause("error", "input row", _REJECTED, "")
+        known = _CAUSES.get(cause) or Cause("error", "input row", "a row that cannot be read as ids with labels", "")
         total = self.n[_TOTALS[known.unit]]
         return CheckFinding(
             severity=known.severity, cause=cause, text=known.text, count=seen.count, unit=known.unit,
@@ -160,8 +195,8 @@ class _Audit:
         )
 
 
-_REJECTED = "a row that cannot be read as ids with labels"
-_REJECTS = {
+_CAUSES = {
+    **LABEL_CAUSES, **DIFFERENCE_CAUSES,
     "too_many_rejects": Cause("error", "input row", "more rows are rejected than --max-rejects allows", "mend them"),
     "rejected_labels": Cause("error", "input row", "labels that are neither -100 nor the id, nor shifted by one", ""),
     "rejected_length": Cause("error", "input row", "lists of one row that differ in length", ""),
@@ -169,16 +204,22 @@ _REJECTS = {
 }
 
 
-def as_sample(document: Document, source: str, encoder: ChatEncoder) -> Sample:
-    """A document in the form of our rows: weight 1 for what the model must emit, whatever the other tool trains."""
+def _shown(document: Document, hit: LabelHit) -> str:
+    return f"tokens {hit.start}-{hit.end - 1}: {window(document, hit)}"
+
+
+def as_sample(document: Document, source: str, encoder: ChatEncoder, expected: Mask | None = None) -> Sample:
+    """A document in the form of our rows: weight 1 for `expected` [n], else for all that the model must emit."""
     kinds, messages = document.kinds, document.messages
     n = len(kinds)
-    edges = np.flatnonzero((np.diff(kinds) != 0) | (np.diff(messages) != 0)) + 1
+    wanted = (kinds >= Kind.EMPTY_THINK) & (kinds <= Kind.STOP) if expected is None else expected
+    edges = np.flatnonzero((np.diff(kinds) != 0) | (np.diff(messages) != 0) | np.diff(wanted)) + 1
     borders = [0, *edges.tolist(), n]
     spans = []
     for a, b in pairwise(borders):
         kind = Kind(int(kinds[a]))
-        spans.append(Span(a, b, int(messages[a]), float(kind.expected), kind.reason))
+        reason = kind.reason if wanted[a] or not kind.expected else Reason.SPLIT
+        spans.append(Span(a, b, int(messages[a]), float(wanted[a]), reason))
     outcomes = {i: "exact" for i, role in enumerate(document.roles) if role == "assistant"}
     return Sample(document.ids, tuple(spans), outcomes, source, {}, encoder.decode)
 

@@ -12,7 +12,7 @@ from chatloss.causes import Cause
 from chatloss.findings import witness
 from chatloss.labels.reconstruct import Document, Kind, TurnPlace
 
-__all__ = ["LABEL_CAUSES", "LabelHit", "examine"]
+__all__ = ["LABEL_CAUSES", "LabelHit", "examine", "of_turn", "window"]
 
 Mask = npt.NDArray[np.bool_]
 
@@ -125,7 +125,7 @@ def examine(document: Document, trained: Mask, stops: frozenset[int] = frozenset
         return
     on = [turn for turn in document.turns if trained[turn.answer : turn.end].any()]
     for turn in on:
-        yield from _turn(document, turn, trained)
+        yield from of_turn(document, turn, trained)
     off = [turn for turn in document.turns if turn not in on]
     if off and on == [document.turns[-1]]:
         yield LabelHit("only_last_turn", off[-1].answer, off[-1].end)
@@ -145,8 +145,9 @@ _OTHERS = {Kind.USER: "user_trained", Kind.SYSTEM: "system_trained", Kind.TOOL: 
            Kind.STRUCTURE: "structure_trained", Kind.START: "structure_trained"}
 
 
-def _turn(document: Document, turn: TurnPlace, trained: Mask) -> Iterator[LabelHit]:
-    shift = _shift(turn, trained)
+def of_turn(document: Document, turn: TurnPlace, trained: Mask) -> Iterator[LabelHit]:
+    """Everything wrong with a turn of which some is trained."""
+    shift = _shift(turn, trained) or _cut_shift(document, turn, trained)
     if shift:
         start, end = (turn.answer - 1, turn.end) if shift < 0 else (turn.answer, min(turn.end + 1, len(trained)))
         yield LabelHit("mask_shifted_left" if shift < 0 else "mask_shifted_right", start, end)
@@ -189,6 +190,12 @@ def _shift(turn: TurnPlace, trained: Mask) -> int:
     if inner and trained[end - 1] and not trained[answer] and end < n and trained[end]:
         return 1
     return 0
+
+
+def _cut_shift(document: Document, turn: TurnPlace, trained: Mask) -> int:
+    """1 where a turn ends its document, misses its first token, and another one of the document is displaced so."""
+    at_end = turn.end == len(trained) and not trained[turn.answer] and trained[turn.answer + 1 : turn.end].all()
+    return int(at_end and any(_shift(other, trained) > 0 for other in document.turns))
 
 
 def _shifts(document: Document, trained: Mask) -> Mask:

@@ -25,8 +25,9 @@ class LabelsReport:
     """The result of an audit of rows that another tool made.
 
     `columns` counts rows by the name of the column that said what is trained. `kinds` maps what tokens are to (how
-    many, how many of them trained). `differences` counts the turns by what sets them apart from ours, if chats were
-    given. `samples` are rows in our form, weights as they should be, and `weights[i]` those of the other tool.
+    many, how many of them trained). With chats, `differences` counts turns by what sets them apart from ours ("equal":
+    nothing), and `tokens` those trained by both, by us only and by them only. `samples` are rows in our form, weights
+    as they should be, and `weights[i]` those of the other tool.
     """
 
     tokenizer: str
@@ -35,6 +36,7 @@ class LabelsReport:
     kinds: Mapping[Kind, tuple[int, int]]
     findings: tuple[CheckFinding, ...]
     differences: Mapping[str, int] = field(default_factory=dict)
+    tokens: Mapping[str, int] = field(default_factory=dict)
     samples: tuple[Sample, ...] = field(default=(), repr=False)
     weights: Mapping[int, npt.NDArray[np.float32]] = field(default_factory=dict, repr=False)
     roles: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
@@ -66,7 +68,7 @@ class LabelsReport:
             "tokenizer": self.tokenizer, "columns": dict(self.columns), **self.counts, "tokens_by_kind": kinds,
             "severities": self.severities, "findings": [finding.to_dict() for finding in self.findings],
         }
-        return {**out, "differences": dict(self.differences)} if self.differences else out
+        return {**out, "differences": dict(self.differences), "tokens_trained": dict(self.tokens)}
 
     def findings_for_page(self) -> list[dict[str, Any]]:
         """The findings in the shape that `page.page(findings=...)` takes."""
@@ -88,7 +90,7 @@ class LabelsReport:
 
     def render(self, *, color: bool = True) -> Lines:
         """The report for a rich console (or `str()`): totals, what is trained, one finding after the other."""
-        lines = [*self._totals(), Line(), *self._trained(), Line()]
+        lines = [*self._totals(), Line(), *self._trained(), Line(), *self._differences()]
         for finding in self.findings:
             lines += _finding_lines(finding)
         if self.findings:
@@ -116,6 +118,17 @@ class LabelsReport:
             head = ((f"{kind.label:>24} ", style), (f"{total:>11,}  ", ""))
             lines.append(Line(head, f"{on:,} trained ({share:.1%})" if on else "not trained", style))
         return lines
+
+    def _differences(self) -> list[Line]:
+        """Beside the encoder's rows: turns by name of the difference, tokens by who trains them."""
+        if not self.differences:
+            return []
+        tokens = " · ".join(f"{name} {count:,}" for name, count in self.tokens.items() if count)
+        lines = [Line(text="beside the chats", style="bold"), Line(((f"{'tokens trained by':>24} ", ""),), tokens)]
+        for name, count in self.differences.items():
+            style = "green" if name == "equal" else "yellow"
+            lines.append(Line(((f"{name.replace('_', ' '):>24} ", style), (f"{count:>11,}", ""))))
+        return [*lines, Line()]
 
     def _verdict(self) -> Line:
         counts = self.severities
