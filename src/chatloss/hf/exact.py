@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -84,8 +83,14 @@ def windows(batches: Iterable[T], size: int) -> Iterator[list[T]]:
     """
     if size < 1:
         raise ValueError("a window holds at least one micro-batch")
-    iterator = iter(batches)
-    while window := list(islice(iterator, size)):
+    window: list[T] = []
+    for batch in batches:
+        window.append(batch)
+        # The last window is handed out while accelerate still knows which of its rows are repeated.
+        if len(window) == size or getattr(batches, "end_of_dataloader", False):
+            yield window
+            window = []
+    if window:
         yield window
 
 
@@ -98,6 +103,11 @@ def backward(accelerator: Any, model: nn.Module, micro_batches: Sequence[dict[st
     """
     if str(accelerator.distributed_type).endswith("DEEPSPEED"):
         raise RecipeError("DeepSpeed takes its optimiser step inside backward", hint="use ExactTrainer")
+    if accelerator.num_processes > 1 and accelerator.gradient_state.active_dataloader is None:
+        raise RecipeError(
+            "the loader has come to its end, and nobody knows any more which rows its last batch repeats",
+            hint="take micro-batches from chatloss.hf.windows(loader, size)",
+        )
     z = _denominator(accelerator, micro_batches)
     # accelerate divides by G whatever the window holds, and the ranks' gradients are averaged.
     scale = accelerator.gradient_accumulation_steps * accelerator.num_processes / z
@@ -129,8 +139,11 @@ def _leave_out_duplicates(accelerator: Any, micro_batches: Sequence[dict[str, An
     loader = accelerator.gradient_state.active_dataloader
     if accelerator.num_processes == 1 or loader is None or not loader.end_of_dataloader:
         return
+    batches = loader.sampler if hasattr(loader.sampler, "batch_size") else loader.batch_sampler
+    while hasattr(batches, "batch_sampler"):  # accelerate's shards around the one that counts
+        batches = batches.batch_sampler
     try:
-        real = len(loader.get_sampler()) % loader.total_batch_size
+        real = 0 if batches.drop_last else len(batches.sampler) % loader.total_batch_size
     except (TypeError, AttributeError):
         raise RecipeError(
             "the rows of this data set cannot be counted, so nobody knows which ones its last batch repeats",
@@ -139,7 +152,7 @@ def _leave_out_duplicates(accelerator: Any, micro_batches: Sequence[dict[str, An
     batch = micro_batches[-1]
     rows = len(batch["denominator"])
     own = min(max(real - accelerator.process_index * rows, 0), rows)
-    if real == 0 or own == rows or getattr(loader, "_drop_last", False):
+    if real == 0 or own == rows:
         return
     starts = batch["position_ids"].flatten() == 0
     document = (starts.cumsum(0) - 1).view_as(batch["position_ids"])
