@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check slow bench lint types docs clean
+.PHONY: demo test check slow bench lint types docs site clean
 
 $(VENV)/.train: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -13,7 +13,7 @@ $(VENV)/.train: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.train
-	$(PIP) --editable '.[train,dev]'
+	$(PIP) --editable '.[train,dev,docs]'
 	touch $@
 
 demo: $(VENV)/.train  ## the whole way on built-in chats: check, encode, train, report
@@ -34,10 +34,13 @@ types: $(VENV)/.dev
 docs: $(VENV)/.dev  ## rewrite docs/cli.md from --help
 	$(BIN)/python -m scripts.cli_docs
 
+site: $(VENV)/.dev  ## the documentation as a site, in site/; the tests build it too
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 check: lint types test  ## what CI runs
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf $(VENV) demo-out dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo-out dist site build .pytest_cache .mypy_cache .ruff_cache
