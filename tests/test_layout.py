@@ -17,8 +17,8 @@ PACKAGE = Path(chatloss.__file__).parent
 # Imports only ever point upward in this list.
 ORDER = [
     "errors", "chat", "sample", "policy", "formats", "streams", "tables", "reader", "meter", "sandbox", "template",
-    "fields", "reference", "places", "tokens", "load", "rows", "window", "encode", "markers", "pairs", "pipeline", "reduction",
-    "pack", "batch", "manifest", "dataset", "shards", "prepare",
+    "fields", "reference", "places", "tokens", "load", "fast_tokens", "rows", "window", "encode", "markers", "pairs",
+    "pipeline", "reduction", "pack", "batch", "manifest", "dataset", "shards", "prepare",
     # torch starts here
     "loss", "config", "parallel", "step", "attention", "models", "checkpoint", "log", "evaluate", "objective", "answers",
     "references", "preference", "kto", "objectives", "trainer", "verify",

@@ -23,7 +23,8 @@ from typing import Any
 from chatloss.dataset import MANIFEST, ShardWriter
 from chatloss.encode import ChatEncoder
 from chatloss.errors import ChatlossError, DataError
-from chatloss.load import Loaded
+from chatloss.fast_tokens import FlatTokens, Unequal, loaded_with
+from chatloss.load import Loaded, load_tokenizer
 from chatloss.manifest import Counts, differences, file_sha256, fingerprints, write_json
 from chatloss.markers import Markers
 from chatloss.pipeline import encodings
@@ -35,6 +36,8 @@ __all__ = ["Job", "prepare", "run_shard"]
 
 FORMAT = 1
 WORK = ".prepare"  # what is done so far; gone when all is
+UNEQUAL = "unequal.json"  # in WORK: a text on which the fast encoder was seen to differ
+FAST_BYTES = 8 * 2**20  # of input, for which loading the fast encoder takes less time than it saves
 Progress = Callable[[int, Counts], None]
 
 
@@ -43,7 +46,8 @@ class Job:
     """All that the bytes of a shard depend on beside its records. Workers build their encoder from it.
 
     `chat_template` is a template's text, or None for the tokenizer's own. `export` is "rows" (all that a `Sample`
-    holds) or "labels" (input_ids and labels, for other trainers). `clock` is the time that templates see.
+    holds) or "labels" (input_ids and labels, for other trainers). `clock` is the time that templates see. `backend`,
+    "reference", "fast" or "auto", is how ids are made, not which.
     """
 
     tokenizer: str
@@ -53,12 +57,14 @@ class Job:
     markers: Markers | None = None
     export: str = "rows"
     clock: str = ""
+    backend: str = "reference"
 
-    def encoder(self, loaded: Loaded | None = None) -> ChatEncoder:
-        """The encoder; `loaded` saves reading the tokenizer again."""
+    def encoder(self, loaded: Loaded | None = None, note: Callable[[str], None] | None = None) -> ChatEncoder:
+        """The encoder; `loaded` saves reading the tokenizer again. `note` is told why "auto" is the reference."""
         now = datetime.fromisoformat(self.clock) if self.clock else None
+        loaded = loaded_with(loaded or load_tokenizer(self.tokenizer), self.backend, note)
         return ChatEncoder.load(
-            loaded or self.tokenizer, self.chat_template, self.policy, template_kwargs=self.template_kwargs,
+            loaded, self.chat_template, self.policy, template_kwargs=self.template_kwargs,
             clock=(lambda: now) if now else datetime.now,
         )
 
@@ -80,14 +86,18 @@ def run_shard(job: Job, encoder: ChatEncoder, shard: Shard, directory: Path) -> 
     reader, counts = ShardReader(shard), Counts()
     target = directory / _file(shard.index)
     partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with ShardWriter(partial, job.export) as writer:
-        for made in encodings(reader, encoder, markers=job.markers, strict=True, supervised=True):
-            if job.export == "labels" and (problem := _beyond_labels(made.encoding.rows)) is not None:
-                reader.reject(made.encoding.rows[0].source, problem)
-                continue
-            counts.add(made.encoding)
-            if made.encoding.rows:
-                writer.add(made.encoding.rows)
+    try:
+        with ShardWriter(partial, job.export) as writer:
+            for made in encodings(reader, encoder, markers=job.markers, strict=True, supervised=True):
+                if job.export == "labels" and (problem := _beyond_labels(made.encoding.rows)) is not None:
+                    reader.reject(made.encoding.rows[0].source, problem)
+                    continue
+                counts.add(made.encoding)
+                if made.encoding.rows:
+                    writer.add(made.encoding.rows)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     counts.records, counts.rejected = reader.n_rows, reader.reject_counts
     with partial.open("rb") as file:
         os.fsync(file.fileno())
@@ -97,7 +107,9 @@ def run_shard(job: Job, encoder: ChatEncoder, shard: Shard, directory: Path) -> 
     }
     partial.replace(target)
     rejects = [asdict(reject) for reject in reader.rejects]
-    write_json(_marker(directory, shard.index), {"shard": done, "counts": counts.to_dict(), "rejects": rejects})
+    fast = isinstance(encoder.tokens, FlatTokens)
+    marker = {"shard": done, "counts": counts.to_dict(), "rejects": rejects, "fast": fast}
+    write_json(_marker(directory, shard.index), marker)
     return counts
 
 
@@ -121,6 +133,7 @@ def _marker(directory: Path, index: int) -> Path:
 def prepare(
     data: Sequence[str], output: str | Path, job: Job, *, input_format: str = "auto", max_rejects: float = 0.01,
     workers: int = 1, fresh: bool = False, progress: Callable[[int], Progress] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Prepare `data` (paths, "-", hub ids) into the directory `output`; returns the manifest, which is its last file.
 
@@ -128,7 +141,8 @@ def prepare(
     `workers` (processes; 1: none beside this one). If input, tokenizer, template, policy or a version has changed
     since, `DataError` says which; `fresh` starts anew. The bytes written depend on none of that. Rows that cannot be
     used are in ``rejects.jsonl``; more than the share `max_rejects` of them raises `DataError`. `progress` is called
-    with the bytes of all inputs, and gives a function that is told the bytes of every shard done and its counts.
+    with the bytes of all inputs, and gives a function that is told the bytes of every shard done and its counts; `note`
+    is told in words what the user should know.
     """
     directory = Path(output)
     _clear(directory, fresh)
@@ -137,20 +151,28 @@ def prepare(
     (directory / "shards").mkdir(exist_ok=True)
     inputs = inputs_of(data, input_format, work)
     size = shard_bytes(inputs)
-    encoder = job.encoder()
+    encoder = replace(job, backend="reference").encoder()
     about = {**job.describe(encoder), "inputs": [one.to_dict() for one in inputs], "shard_bytes": size}
     about = json.loads(json.dumps(about))
     clock = _agreed(directory, about, encoder)
     if (directory / MANIFEST).is_file():
         shutil.rmtree(work)
         return _manifest(directory)
+    total_bytes = sum(one.size for one in inputs)
+    if (job.backend == "auto" and total_bytes < FAST_BYTES) or (work / UNEQUAL).exists():
+        job = replace(job, backend="reference")
     job = replace(job, clock=clock)
-    total = Counts()
-    told = progress(sum(one.size for one in inputs) if all(one.lines for one in inputs) else 0) if progress else None
-    for shard, counts in _each(shards_of(inputs, size), job, job.encoder(encoder.loaded), directory, workers):
-        total.merge(counts)
-        if told:
-            told(shard.end - shard.start, counts)
+    told = progress(total_bytes if all(one.lines for one in inputs) else 0) if progress else None
+    note = note or (lambda text: None)
+    encoder = job.encoder(encoder.loaded, note)
+    try:
+        total = _all(shards_of(inputs, size), job, encoder, directory, workers, told)
+    except Unequal as error:
+        note(f"{error}: encoding all of it with the reference")
+        write_json(work / UNEQUAL, {"text": error.text})
+        _forget_fast(directory)
+        job = replace(job, backend="reference")
+        total = _all(shards_of(inputs, size), job, job.encoder(), directory, workers, told)
     check_unchanged(inputs)
     return _finish(directory, {**about, "clock": clock}, total, max_rejects)
 
@@ -212,7 +234,26 @@ def _done(directory: Path, index: int) -> dict[str, Any] | None:
     return marker if there else None
 
 
+def _forget_fast(directory: Path) -> None:
+    """Undo the shards that the fast encoder made."""
+    for path in (directory / WORK).glob("[0-9]*.json"):
+        if json.loads(path.read_text("utf-8"))["fast"]:
+            path.unlink()
+
+
 # -- doing the rest ----------------------------------------------------------------------------------------------------
+
+
+def _all(
+    shards: Iterable[Shard], job: Job, encoder: ChatEncoder, directory: Path, workers: int, told: Progress | None
+) -> Counts:
+    """The counts of all shards, when they are done."""
+    total = Counts()
+    for shard, counts in _each(shards, job, encoder, directory, workers):
+        total.merge(counts)
+        if told:
+            told(shard.end - shard.start, counts)
+    return total
 
 
 def _each(

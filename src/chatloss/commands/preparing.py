@@ -24,8 +24,10 @@ __all__ = ["prepare"]
 @click.option("--workers", "-j", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
 @click.option("--export", type=click.Choice(("rows", "labels")), default="rows", show_default=True,
               help="All that a row holds, or input_ids and labels for other trainers.")
+@click.option("--encoder", type=click.Choice(("auto", "reference", "fast")), default="auto", show_default=True,
+              help="How ids are made, never which: fastokens where it is shown to be equal, or tokenizers.")
 @click.option("--fresh", is_flag=True, help="Start anew although the directory holds something.")
-def prepare(source: Source, output: str, workers: int, export: str, fresh: bool) -> None:
+def prepare(source: Source, output: str, workers: int, export: str, encoder: str, fresh: bool) -> None:
     """Encode DATA into a directory of Parquet shards; the same command again goes on where it stopped."""
     from pathlib import Path
 
@@ -41,10 +43,11 @@ def prepare(source: Source, output: str, workers: int, export: str, fresh: bool)
         tokenizer=source.tokenizer, chat_template=None if template is None else read_template(Path(template)),
         template_kwargs=source.template_kwargs, policy=Policy.from_dict(source.policy),
         markers=source.markers(source.encoder()) if source.response_template else None, export=export,
+        backend=encoder,
     )
     manifest = preparing.prepare(
         source.data, output, job, input_format=source.input_format, max_rejects=source.max_rejects, workers=workers,
-        fresh=fresh, progress=_progress,
+        fresh=fresh, progress=_progress, note=lambda text: print(f"note: {text}", file=sys.stderr),
     )
     counts = manifest["counts"]
     turns = ", ".join(f"{n:,} {name}" for name, n in counts["outcomes"].items())

@@ -1,0 +1,178 @@
+"""The fast encoder: ids and offsets of the reference for each tokenizer it takes; given up at the first difference."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from chatloss import fast_tokens
+from chatloss import prepare as preparing
+from chatloss.chat import Conversation
+from chatloss.demo import chats_file, tokenizer_directory
+from chatloss.encode import ChatEncoder
+from chatloss.errors import TokenizerError, UsageError
+from chatloss.fast_tokens import FlatTokens, Unequal, loaded_with
+from chatloss.load import load_tokenizer
+from chatloss.policy import Policy
+from chatloss.prepare import Job, prepare
+from chatloss.tokens import CallableTokens, FastTokens
+from tests import assets
+from tests.test_encode_property import CLOCK, PIECES, messages
+
+SLOW = ("qwen2.5", "qwen3.5", "llama4", "gpt-oss", "deepseek-v3", "tekken")
+BYTE_LEVEL = ("qwen3", "llama3", "smollm2", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW))
+OTHER = tuple(name for name in assets.FAST_TIER if name.startswith(("mistral", "gemma")))
+
+
+@cache
+def both(name: str) -> tuple[FastTokens, FlatTokens]:
+    directory = tokenizer_directory() if name == "demo" else assets.tokenizer_dir(name)
+    loaded = load_tokenizer(directory)
+    fast = loaded_with(loaded, "fast").tokens
+    assert isinstance(loaded.tokens, FastTokens) and isinstance(fast, FlatTokens)
+    return loaded.tokens, fast
+
+
+def assert_equal(name: str, text: str) -> None:
+    reference, fast = both(name)
+    for method in ("encode", "encode_segment"):
+        a, b = getattr(reference, method)(text), getattr(fast, method)(text)
+        for wanted, found in ((a.ids, b.ids), (a.starts, b.starts), (a.ends, b.ends)):
+            assert found.dtype == np.int32 and np.array_equal(wanted, found), (method, text)
+
+
+@pytest.mark.parametrize("name", BYTE_LEVEL)
+@settings(max_examples=80)
+@given(data=st.data())
+def test_ids_and_offsets_are_those_of_the_reference(name: str, data: st.DataObject) -> None:
+    added = list(both(name)[0].added)
+    piece = st.one_of(st.sampled_from(PIECES), st.sampled_from(added), st.text(max_size=8))
+    assert_equal(name, "".join(data.draw(st.lists(piece, max_size=8))))
+
+
+@pytest.mark.parametrize("name", BYTE_LEVEL)
+def test_real_chats_are_encoded_as_by_the_reference(name: str) -> None:
+    for data in ("tools_en", "tools_zh", "multilingual"):
+        for row in assets.chats(data)[:20]:
+            assert_equal(name, json.dumps(row, ensure_ascii=False, indent=1))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3", pytest.param("gpt-oss", marks=pytest.mark.slow)])
+@settings(max_examples=60)
+@given(chat=messages())
+def test_rows_are_those_of_the_reference(name: str, chat: list[dict[str, Any]]) -> None:
+    loaded, policy = load(name), Policy(control_tokens="parity", off_prompt="keep", altered="keep")
+    encodings = []
+    for tokens in both(name):
+        encoder = ChatEncoder.load(fast_tokens.replace(loaded, tokens=tokens), policy=policy, clock=lambda: CLOCK)
+        made = encoder.examine(Conversation.from_messages(chat))
+        encodings.append(([row.to_dict() | {"spans": row.spans} for row in made.rows], made.outcomes, made.problems))
+    assert encodings[0] == encodings[1]
+
+
+@cache
+def load(name: str) -> Any:
+    return load_tokenizer(assets.tokenizer_dir(name))
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_it_cannot_do_stays_with_the_reference_and_says_so(name: str) -> None:
+    loaded, notes = load_tokenizer(assets.tokenizer_dir(name)), []
+    assert loaded_with(loaded, "auto", notes.append) is loaded
+    assert len(notes) == 1 and "byte-level" in notes[0]
+    with pytest.raises(TokenizerError, match="byte-level"):
+        loaded_with(loaded, "fast")
+
+
+def test_a_function_is_no_tokenizer_json() -> None:
+    loaded = load_tokenizer(lambda text: list(text.encode()))
+    assert isinstance(loaded_with(loaded, "auto").tokens, CallableTokens)
+    with pytest.raises(TokenizerError, match=r"needs a tokenizer\.json"):
+        loaded_with(loaded, "fast")
+    with pytest.raises(UsageError, match="no encoder 'quick'"):
+        loaded_with(loaded, "quick")
+
+
+def test_text_that_the_normaliser_changes_is_left_to_the_reference() -> None:
+    _, fast = both("qwen3")
+    before = fast.fell_back
+    assert_equal("qwen3", "cafe\u0301 au lait")
+    assert fast.fell_back == before + 2
+
+
+def test_a_token_that_swallows_whitespace_is_left_to_the_reference(tmp_path: Path) -> None:
+    shutil.copytree(assets.tokenizer_dir("smollm2"), tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    spec = json.loads(path.read_text("utf-8"))
+    for token in spec["added_tokens"]:
+        token["rstrip"] = token["lstrip"] = True
+    path.write_text(json.dumps(spec), "utf-8")
+    loaded = load_tokenizer(path)
+    fast = loaded_with(loaded, "auto").tokens
+    for text in ("a <|im_start|>  b", "a<|im_start|>b", "\n<|im_end|>\n"):
+        assert np.array_equal(fast.encode(text).ids, loaded.tokens.encode(text).ids)
+        assert np.array_equal(fast.encode(text).starts, loaded.tokens.encode(text).starts)
+
+
+# -- a difference --
+
+
+class Wrong(FlatTokens):
+    """Differs from the reference on texts that hold a word."""
+
+    word = "\n"
+
+    def _flat(self, text: str, data: bytes | None = None) -> Any:
+        found = super()._flat(text, data)
+        if found is not None and self.word in text and len(found.ids):
+            found = fast_tokens.Encoded(found.ids[::-1].copy(), found.starts, found.ends)
+        return found
+
+
+def test_a_difference_at_load_keeps_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, notes = load_tokenizer(tokenizer_directory()), []
+    monkeypatch.setattr(fast_tokens, "FlatTokens", Wrong)
+    assert loaded_with(loaded, "auto", notes.append) is loaded and "differs from the reference" in notes[0]
+    with pytest.raises(TokenizerError, match="differs"):
+        loaded_with(loaded, "fast")
+
+
+def test_a_difference_later_on_redoes_with_the_reference_what_was_affected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "shard_bytes", lambda inputs: 8192)
+    job = Job(str(tokenizer_directory()))
+    prepare([str(chats_file())], tmp_path / "reference", job)
+    # Wrong from the first chat on, and seen only when a later text is sampled.
+    monkeypatch.setattr(Wrong, "word", "<|im_start|>user\n")
+    monkeypatch.setattr(fast_tokens, "FlatTokens", Wrong)
+    monkeypatch.setattr(preparing, "FlatTokens", Wrong)
+    monkeypatch.setattr(fast_tokens, "SAMPLE", 64)
+    notes: list[str] = []
+    fast = fast_tokens.replace(job, backend="fast")
+    prepare([str(chats_file())], tmp_path / "fast", fast, note=notes.append)
+    assert len(notes) == 1 and "with the reference" in notes[0]
+    for path in (tmp_path / "reference").rglob("*.*"):
+        if path.is_file():
+            assert path.read_bytes() == (tmp_path / "fast" / path.relative_to(tmp_path / "reference")).read_bytes()
+
+
+def test_prepared_bytes_are_the_same_with_either_encoder(tmp_path: Path) -> None:
+    for backend in ("reference", "fast"):
+        prepare([str(chats_file())], tmp_path / backend, Job(str(tokenizer_directory()), backend=backend))
+    one, two = ([p.read_bytes() for p in sorted((tmp_path / name).rglob("*.*")) if p.is_file()]
+                for name in ("reference", "fast"))
+    assert one == two
+
+
+def test_unequal_tells_the_text() -> None:
+    assert "'abc'" in str(Unequal("abc")) and isinstance(Tokenizer, type)
