@@ -127,10 +127,19 @@ def _package(name: str, path: Path) -> None:
     sys.modules[name] = module
 
 
+def each(chats: Sequence[Chat], make: Callable[[Chat], Row]) -> Iterator[Row | str]:
+    """A row for each chat, or the words with which the tool refuses it."""
+    for chat in chats:
+        try:
+            yield make(chat)
+        except Exception as error:  # whatever a tool raises is its refusal
+            yield f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 # -- the tools ---------------------------------------------------------------------------------------------------------
 
 
-def trl(tokenizer: Any, name: str, chats: Sequence[Chat], **options: Any) -> Iterator[Row]:
+def trl(tokenizer: Any, name: str, chats: Sequence[Chat], **options: Any) -> Iterator[Row | str]:
     """The rows of SFTTrainer's own dataset, its labels by its own collator."""
     import datasets
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -143,7 +152,9 @@ def trl(tokenizer: Any, name: str, chats: Sequence[Chat], **options: Any) -> Ite
         rows = [{"prompt": chat.messages[:-1], "completion": chat.messages[-1:], "tools": chat.tools} for chat in chats]
     else:
         rows = [{"messages": chat.messages, "tools": chat.tools} for chat in chats]
-    data = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
+    # As JSON, so that Arrow does not give every tool the parameters of all others.
+    features = datasets.Features({name: datasets.List(datasets.Json()) for name in rows[0]})
+    data = datasets.Dataset.from_list(rows, features=features)
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
             output_dir=folder, max_length=None, use_cpu=True, report_to="none", disable_tqdm=True, **options
@@ -154,16 +165,19 @@ def trl(tokenizer: Any, name: str, chats: Sequence[Chat], **options: Any) -> Ite
             yield {"input_ids": batch["input_ids"][0].tolist(), "labels": batch["labels"][0].tolist()}
 
 
-def transformers_mask(tokenizer: Any, name: str, chats: Sequence[Chat]) -> Iterator[Row]:
+def transformers_mask(tokenizer: Any, name: str, chats: Sequence[Chat]) -> Iterator[Row | str]:
     """`return_assistant_tokens_mask` with the template that the model ships."""
-    for chat in chats:
+
+    def make(chat: Chat) -> Row:
         made = tokenizer.apply_chat_template(
             chat.messages, chat.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
-        yield {"input_ids": made["input_ids"], "assistant_masks": made["assistant_masks"]}
+        return {"input_ids": made["input_ids"], "assistant_masks": made["assistant_masks"]}
+
+    return each(chats, make)
 
 
-def axolotl(tokenizer: Any, name: str, chats: Sequence[Chat]) -> Iterator[Row]:
+def axolotl(tokenizer: Any, name: str, chats: Sequence[Chat]) -> Iterator[Row | str]:
     """Its `chat_template` strategy with the defaults of its loader and the tokenizer's own template."""
     _stand_ins()
     sys.path.append(str(source("addict")))
@@ -175,15 +189,18 @@ def axolotl(tokenizer: Any, name: str, chats: Sequence[Chat]) -> Iterator[Row]:
     strategy = module.ChatTemplateStrategy(
         prompter, tokenizer, False, 100_000, roles_to_train=["assistant"], train_on_eos="turn"
     )
-    for chat in chats:
+
+    def make(chat: Chat) -> Row:
         made = strategy.tokenize_prompt({"messages": chat.messages, "tools": list(chat.tools or ())})
-        yield {"input_ids": made["input_ids"], "labels": made["labels"]}
+        return {"input_ids": made["input_ids"], "labels": made["labels"]}
+
+    return each(chats, make)
 
 
 LLAMAFACTORY_NAMES = {"qwen3": "qwen3", "llama3": "llama3", "gpt-oss": "gpt_oss", "mistral-v3": "mistral"}
 
 
-def llamafactory(tokenizer: Any, name: str, chats: Sequence[Chat]) -> Iterator[Row]:
+def llamafactory(tokenizer: Any, name: str, chats: Sequence[Chat]) -> Iterator[Row | str]:
     """Its converter and supervised processor, with the template of this family."""
     _stand_ins()
     root = next(source("llamafactory").glob("*/src/llamafactory"))
@@ -194,17 +211,20 @@ def llamafactory(tokenizer: Any, name: str, chats: Sequence[Chat]) -> Iterator[R
         template, tokenizer, None, types.SimpleNamespace(mask_history=False, train_on_prompt=False, cutoff_len=100_000)
     )
     roles = {"human": "user", "gpt": "assistant", "function_call": "function", "observation": "observation"}
-    for chat in chats:
+
+    def make(chat: Chat) -> Row:
         turns = [{"role": roles[t["from"]], "content": t["value"]} for t in chat.sharegpt["conversations"]]
         tools = chat.sharegpt.get("tools") or ""
         ids, labels = processor._encode_data_example(turns[:-1], turns[-1:], "", tools, [], [], [])
-        yield {"input_ids": ids, "labels": labels}
+        return {"input_ids": ids, "labels": labels}
+
+    return each(chats, make)
 
 
 SWIFT_NAMES = {"qwen3": "qwen3", "llama3": "llama3_2", "gpt-oss": "gpt_oss"}
 
 
-def swift(tokenizer: Any, name: str, chats: Sequence[Chat]) -> Iterator[Row]:
+def swift(tokenizer: Any, name: str, chats: Sequence[Chat]) -> Iterator[Row | str]:
     """Its own template of this family, in training mode with `loss_scale default`."""
     _stand_ins()
     _package("swift", source("ms-swift") / "swift")
@@ -213,9 +233,12 @@ def swift(tokenizer: Any, name: str, chats: Sequence[Chat]) -> Iterator[Row]:
     tokenizer.model_info, tokenizer.model_meta = info, types.SimpleNamespace(is_multimodal=False)
     template = module.get_template(tokenizer, template_type=SWIFT_NAMES[name])
     template.set_mode("train")
-    for chat in chats:
+
+    def make(chat: Chat) -> Row:
         made = template.encode({"messages": _swift_messages(chat.messages), "tools": list(chat.tools or ())})
-        yield {"input_ids": made["input_ids"], "labels": made["labels"]}
+        return {"input_ids": made["input_ids"], "labels": made["labels"]}
+
+    return each(chats, make)
 
 
 def _swift_messages(messages: Sequence[Row]) -> list[Row]:
@@ -229,14 +252,17 @@ def _swift_messages(messages: Sequence[Row]) -> list[Row]:
     return out
 
 
-def unsloth(tokenizer: Any, name: str, chats: Sequence[Chat]) -> Iterator[Row]:
+def unsloth(tokenizer: Any, name: str, chats: Sequence[Chat]) -> Iterator[Row | str]:
     """`train_on_responses_only` with the markers that it finds itself in the template."""
     _package("unsloth_zoo", source("unsloth-zoo") / "unsloth_zoo")
     module = importlib.import_module("unsloth_zoo.dataset_utils")
     mask = module.train_on_responses_only(None, tokenizer=tokenizer, return_function=True)
-    for chat in chats:
+
+    def make(chat: Chat) -> Row:
         ids = rendered(tokenizer, chat)
-        yield {"input_ids": ids, "labels": mask({"input_ids": [ids]})["labels"][0]}
+        return {"input_ids": ids, "labels": mask({"input_ids": [ids]})["labels"][0]}
+
+    return each(chats, make)
 
 
 # -- published behaviour, in our own words -----------------------------------------------------------------------------
@@ -253,31 +279,39 @@ def rendered(tokenizer: Any, chat: Chat) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def response_template(tokenizer: Any, name: str, chats: Sequence[Chat], *, instruction: bool) -> Iterator[Row]:
+def response_template(tokenizer: Any, name: str, chats: Sequence[Chat], *, instruction: bool) -> Iterator[Row | str]:
     """DataCollatorForCompletionOnlyLM of TRL <= 0.19, with or without an instruction template."""
     from tests.test_markers import trl_collator
 
     response = tokenizer(RESPONSE[name], add_special_tokens=False)["input_ids"]
     user = tokenizer(INSTRUCTION[name], add_special_tokens=False)["input_ids"] if instruction else None
-    for chat in chats:
+
+    def make(chat: Chat) -> Row:
         ids = rendered(tokenizer, chat)
-        yield {"input_ids": ids, "labels": np.where(trl_collator(ids, response, user), ids, -100).tolist()}
+        return {"input_ids": ids, "labels": np.where(trl_collator(ids, response, user), ids, -100).tolist()}
+
+    return each(chats, make)
 
 
-def minimind(tokenizer: Any, name: str, chats: Sequence[Chat], *, plus: int = 0, newline: bool = True) -> Iterator[Row]:
+def minimind(
+    tokenizer: Any, name: str, chats: Sequence[Chat], *, plus: int = 0, newline: bool = True
+) -> Iterator[Row | str]:
     """The scan from behind the assistant's marker through the end marker; `plus` as in its older versions."""
     from tests.test_markers import minimind_scan
 
     bos = tokenizer(RESPONSE[name], add_special_tokens=False)["input_ids"]
     eos = tokenizer(END[name] + "\n" * newline, add_special_tokens=False)["input_ids"]
-    for chat in chats:
+
+    def make(chat: Chat) -> Row:
         ids = rendered(tokenizer, chat)
         mask = np.asarray(minimind_scan(ids, bos, eos), np.int64)
         mask = np.concatenate([np.zeros(plus, np.int64), mask])[: len(ids)]
-        yield {"input_ids": ids, "loss_mask": mask.tolist()}
+        return {"input_ids": ids, "loss_mask": mask.tolist()}
+
+    return each(chats, make)
 
 
-TOOLS: dict[str, Callable[..., Iterator[Row]]] = {
+TOOLS: dict[str, Callable[..., Iterator[Row | str]]] = {
     "TRL 1.16 assistant_only_loss": lambda *a: trl(*a, assistant_only_loss=True),
     "TRL 1.16 prompt/completion": lambda *a: trl(*a, prompt_completion=True),
     "transformers 5.23 mask, own template": transformers_mask,

@@ -98,6 +98,10 @@ class _Audit:
         self.columns[row.column] += 1
         if row.shifted:
             self.hit("labels_shifted", row.source)
+        if row.odd:
+            at = row.odd[0]
+            text = self.encoder.decode(row.ids[max(0, at - 6) : at + 3].tolist())
+            self.hit("label_differs", row.source, f"token {at}, and {len(row.odd) - 1} more: {text}")
         self.bounds(row)
         ends = [*row.starts[1:].tolist(), len(row.ids)]
         for k, (start, end) in enumerate(zip(row.starts.tolist(), ends, strict=True)):
@@ -170,6 +174,9 @@ class _Audit:
             self.comparison.finish()
             for place in self.comparison.lost:
                 self.hit("turn_lost", place)
+            if not self.comparison.lost:  # the answers that a row leaves out are trained in others
+                for cause in ("only_last_turn", "turns_untrained"):
+                    self.seen.pop(cause, None)
             if left := self.comparison.names["chats without a row"]:
                 self.hit("chat_without_row", "")
                 self.seen["chat_without_row"].count = left

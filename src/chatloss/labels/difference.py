@@ -14,13 +14,14 @@ from chatloss.chat import Conversation
 from chatloss.encode import ChatEncoder, Encoding
 from chatloss.labels.findings import LabelHit, Mask, of_turn
 from chatloss.labels.matching import Matcher, needle
-from chatloss.labels.reconstruct import Document, TurnPlace
+from chatloss.labels.reconstruct import Document, Kind, TurnPlace
 from chatloss.probes import THINKING
 
 __all__ = ["DIFFERENCE_CAUSES", "Beside", "Comparison"]
 
 Ids = npt.NDArray[np.int32]
 
+_TOLD_OTHERWISE = ("empty_think_trained", "other_stop")
 _CHATLOSS = "prepare the rows with chatloss, which gives such a turn a row of its own"
 DIFFERENCE_CAUSES: Mapping[str, Cause] = {
     "context_differs": Cause("warning", "turn", "trained behind a context that inference never shows", _CHATLOSS),
@@ -28,6 +29,8 @@ DIFFERENCE_CAUSES: Mapping[str, Cause] = {
                             "see what the template drops or adds in past answers; " + _CHATLOSS),
     "reasoning_missing": Cause("warning", "turn", "trained without the reasoning block with which inference begins it: "
                                "the template drops it from past answers", _CHATLOSS),
+    "reasoning_untrained": Cause("info", "turn", "the empty reasoning block that begins the answer is not trained",
+                                 "right if inference runs with enable_thinking=false, whose prompt has it"),
     "stop_differs": Cause("warning", "turn", "trained on another stop than the one at which the turn ends",
                           _CHATLOSS),
     "ids_differ": Cause("warning", "turn", "the same text in other ids than inference produces",
@@ -151,9 +154,11 @@ class Comparison:
             yield LabelHit(self._target(document, place, target, tail), place.answer, place.end)
         elif same_context and np.array_equal(trained[place.header : place.after], mine[place.header : place.after]):
             return
-        named = [hit for hit in of_turn(document, place, trained) if hit.cause != "empty_think_trained"]
+        named = [hit for hit in of_turn(document, place, trained) if hit.cause not in _TOLD_OTHERWISE]
         yield from named
-        if same_context and not named and same_target:
+        if same_target and not trained[base : place.stop][document.kinds[base : place.stop] == Kind.EMPTY_THINK].all():
+            yield LabelHit("reasoning_untrained", base, place.stop)
+        elif same_context and not named and same_target:
             yield LabelHit("mask_differs", place.header, place.after)
 
     def _target(self, document: Document, place: TurnPlace, target: Ids, tail: int) -> str:

@@ -31,6 +31,10 @@ LABEL_CAUSES: Mapping[str, Cause] = {
     "labels_shifted": Cause("error", "row", "labels[t] is the id at t + 1: they are shifted already",
                             "do not shift them: a causal-LM loss of transformers shifts labels itself, so these would "
                             "be shifted twice"),
+    "label_differs": Cause("warning", "row", "a label is another token than the one that stands there, so the row goes "
+                           "on otherwise than the model is told to",
+                           "a convention of LLaMA-Factory (efficient_eos): EOS in place of the next header; else "
+                           "write the id itself, or -100"),
     "mask_shifted_left": Cause("error", "turn", "the mask lies one token too early: the last token of the header is "
                                "trained, the stop is not",
                                "if the loss pairs mask[t] with the prediction of the next token, this is its "
@@ -54,6 +58,8 @@ LABEL_CAUSES: Mapping[str, Cause] = {
     "stop_untrained": Cause("error", "turn", "the stop is not trained, so the model does not learn to end its turn",
                             "end the mask behind the stop; if pad and EOS are the same token, mask padding by length, "
                             "not by id"),
+    "other_stop": Cause("warning", "turn", "the turn ends as this template ends past answers, with a token at which no "
+                        "engine stops", "one row per turn, so that each answer comes last, as chatloss makes them"),
     "no_stop": Cause("warning", "turn", "the turn is trained and no stop stands behind it",
                      "was the row cut off? Else let the template write the stop, or append it"),
     "past_stop": Cause("warning", "turn", "what stands behind the stop is trained, and no engine asks for it",
@@ -171,7 +177,9 @@ def of_turn(document: Document, turn: TurnPlace, trained: Mask) -> Iterator[Labe
             yield LabelHit("answer_gaps", gap, gap + 1)
         if last < turn.stop:
             yield LabelHit("answer_end_untrained", last, turn.stop)
-    if not turn.stopped:
+    if turn.ending == "closer":
+        yield LabelHit("other_stop", turn.stop, turn.end)
+    elif not turn.ending:
         yield LabelHit("no_stop", max(turn.answer, turn.end - 1), turn.end)
     elif not trained[turn.stop : turn.end].all():
         yield LabelHit("stop_untrained", turn.stop, turn.end)
@@ -182,7 +190,7 @@ def of_turn(document: Document, turn: TurnPlace, trained: Mask) -> Iterator[Labe
 def _shift(turn: TurnPlace, trained: Mask) -> int:
     """-1 or 1 where the mask of a turn is displaced at both of its ends, by one token, and lies right otherwise."""
     answer, end, n = turn.answer, turn.end, len(trained)
-    if not turn.stopped or end - answer < 3 or turn.end - turn.stop != 1:
+    if not turn.ending or end - answer < 3 or turn.end - turn.stop != 1:
         return 0
     inner = trained[answer + 1 : end - 1].all()
     if inner and answer > 1 and trained[answer - 1 : answer + 1].all() and not trained[answer - 2]:

@@ -73,7 +73,8 @@ _TEXT_KINDS = {"system": Kind.SYSTEM, "user": Kind.USER, "tool": Kind.TOOL}
 class TurnPlace:
     """An assistant's turn as token indices: header [header, answer), answer [answer, stop), stop [stop, end).
 
-    What follows the stop and belongs to no other message is [end, after). `stopped` is False where no stop stands.
+    What follows the stop and belongs to no other message is [end, after). `ending` is "stop", "closer" (what ends past
+    answers, at which no engine stops) or "" where nothing ends the turn.
     """
 
     header: int
@@ -81,7 +82,7 @@ class TurnPlace:
     stop: int
     end: int
     after: int
-    stopped: bool
+    ending: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,9 +164,10 @@ class Reconstructor:
             ends = np.cumsum(lengths[inverse.reshape(-1)])
             if ends[-1] == len(text):
                 return text, ends
-        sizes = np.zeros(len(ids), np.int64)  # bytes of characters, or a decoder that depends on its neighbours
-        for _, end, piece in self._pieces.cut(listed):
-            sizes[end - 1] = len(piece)
+        # Bytes of characters, or a decoder that depends on neighbours: the first of such tokens takes the whole text.
+        sizes = np.zeros(len(ids), np.int64)
+        for start, _, piece in self._pieces.cut(listed):
+            sizes[start] = len(piece)
         ends = np.cumsum(sizes)
         return text, ends
 
@@ -238,10 +240,11 @@ class Reconstructor:
         if empty and THINKING.match(empty[1]):
             marks.append((start, Kind.EMPTY_THINK, index))
             start = empty.end()
-        place = self._stop(event, border, text)
+        place, ending = self._stop(event, border, text), "stop"
         if place is None:
-            place = max(((at, at + len(closer)) for closer in self.structure.closers
-                         if (at := text.rfind(closer, start, border)) >= 0), default=None)
+            last = len(text[:border].rstrip())
+            closer = next((closer for closer in self.structure.closers if text.endswith(closer, start, last)), "")
+            place, ending = ((last - len(closer), last), "closer") if closer else (None, "")
         stop, end = place or (border, border)
         space = end + len(text[end:border]) - len(text[end:border].lstrip())
         thought = _THINK.match(text, start, stop)
@@ -259,7 +262,7 @@ class Reconstructor:
                 marks.append((space, Kind.SYSTEM, -1))
         chars = [event.start, answer, stop, end, max(space, end)]
         first, answer, stop, end, after = np.searchsorted(ends, chars, side="right").tolist()
-        return TurnPlace(first, answer, stop, end, after, place is not None)
+        return TurnPlace(first, answer, stop, end, after, ending)
 
     def _other(self, event: _Event, border: int, index: int, text: str, marks: list[tuple[int, Kind, int]]) -> None:
         # A stop may be the header of this message: then the marks of the turn before reach into it.

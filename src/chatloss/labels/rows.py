@@ -31,6 +31,7 @@ MASKS = ("loss_mask", "assistant_masks", "assistant_mask", "completion_mask", "l
 _LAYOUT = ("attention_mask", "position_ids", "seq_lengths")
 COLUMNS = ("input_ids", "labels", *MASKS, *_LAYOUT)
 BATCH_ROWS = 64
+MOST_ODD = 0.25  # of the labels of a row may be other tokens, as where EOS is written in place of the next header
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +40,7 @@ class LabelRow:
 
     `starts` are the tokens at which its documents begin; `said` tells whether position_ids or seq_lengths say so.
     `padding` bool [n]. `column` names what was read. `shifted`: the labels were those of the next token, and `weights`
-    have been moved back.
+    have been moved back. `odd` are positions whose label is another id than the row's; their weight is 0.
     """
 
     ids: npt.NDArray[np.int32]
@@ -50,6 +51,7 @@ class LabelRow:
     column: str
     said: bool = False
     shifted: bool = False
+    odd: tuple[int, ...] = ()
 
 
 class LabelReader:
@@ -130,10 +132,10 @@ def _row(value: Any, source: str, vocabulary: int) -> LabelRow:
             what = f"{name} has {len(given[name])} values for {n} ids"
             raise DataError(what, where=name, hint="dump both before collation, or both after", kind="length")
     masks = [name for name in MASKS if name in given]
-    shifted = False
+    shifted, odd = False, tuple[int, ...]()
     if "labels" in given:
         column = "labels"
-        weights, shifted = _from_labels(ids, _integers(given["labels"], "labels"))
+        weights, shifted, odd = _from_labels(ids, _integers(given["labels"], "labels"))
     elif masks:
         column, weights = " x ".join(masks), np.ones(n, np.float32)
         for name in masks:  # TRL trains where all of its masks are 1
@@ -142,7 +144,7 @@ def _row(value: Any, source: str, vocabulary: int) -> LabelRow:
         hint = f"a row needs labels, or one of {', '.join(MASKS)}"
         raise DataError("nothing says which ids are trained", hint=hint, kind="field")
     padding, starts, said = _layout(given, n)
-    return LabelRow(ids.astype(np.int32), weights, starts, padding, source, column, said, shifted)
+    return LabelRow(ids.astype(np.int32), weights, starts, padding, source, column, said, shifted, odd)
 
 
 def _integers(values: Any, name: str) -> npt.NDArray[np.int64]:
@@ -175,17 +177,19 @@ def _check_ids(ids: npt.NDArray[np.int64], vocabulary: int) -> None:
 
 def _from_labels(
     ids: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.float32], bool]:
-    """(weights, whether the labels were those of the next token)."""
+) -> tuple[npt.NDArray[np.float32], bool, tuple[int, ...]]:
+    """(weights, whether the labels were those of the next token, where a few of them are other tokens)."""
     trained = labels != IGNORED
     wrong = np.flatnonzero(trained & (labels != ids))
     if not len(wrong):
-        return trained.astype(np.float32), False
+        return trained.astype(np.float32), False, ()
     ahead = trained[:-1] & (labels[:-1] != ids[1:])
     if len(ids) > 1 and not ahead.any():
         weights = np.zeros(len(ids), np.float32)
         weights[1:] = trained[:-1]
-        return weights, True
+        return weights, True, ()
+    if len(wrong) <= MOST_ODD * trained.sum() and (labels[wrong] >= 0).all():
+        return (trained & (labels == ids)).astype(np.float32), False, tuple(wrong.tolist())
     at = int(wrong[0])
     ignored = set(labels[wrong].tolist())
     hint = f"labels are input_ids where trained, and {IGNORED} elsewhere"
