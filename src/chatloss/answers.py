@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 
 from chatloss.batch import IGNORE, Document, Layout, MicroBatch
 from chatloss.loss.sequence import sequence_logps
+from chatloss.objective import full_nll
 from chatloss.pairs import Answer
 from chatloss.parallel import World, inspecting
 from chatloss.step import autocast_to, tensors
 
-__all__ = ["AnswerDocument", "AnswerLogps", "answer_documents", "answer_logps", "document_logps", "nll_term"]
+__all__ = ["AnswerDocument", "AnswerLogps", "answer_documents", "answer_logps", "document_logps", "nll_term",
+           "plain_logp"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -97,6 +100,15 @@ def nll_term(batch: MicroBatch, nll: Tensor) -> Tensor:
         if document.nll_weights is not None:
             weights[b, start : start + len(document)] = document.nll_weights
     return (nll.double() * _like(nll, weights[batch.target_ids != IGNORE])).sum()
+
+
+def plain_logp(model: Any, answer: Answer) -> Tensor:
+    """The log-probability [1] of an answer by the definition: row by row, from all logits."""
+    total = torch.zeros(1, dtype=torch.float64)
+    for row in answer.rows:
+        nll = full_nll(model, row)
+        total = total - (nll @ torch.from_numpy(row.weights[1:]).to(nll)).double()
+    return total
 
 
 def document_logps(

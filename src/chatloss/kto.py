@@ -13,10 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from chatloss.answers import answer_documents, answer_logps, document_logps
+from chatloss.answers import answer_documents, answer_logps, document_logps, plain_logp
 from chatloss.batch import Document, Layout, MicroBatch
 from chatloss.loss.preference import kto
-from chatloss.objective import Survey, Surveyor, Work, full_nll, widened
+from chatloss.objective import Survey, Surveyor, Work, widened
 from chatloss.pairs import Answer, Judged
 from chatloss.parallel import World
 from chatloss.preference import evaluation, measured
@@ -130,19 +130,12 @@ class Unpaired:
 
     def definition(self, model: Any, examples: Sequence[Judged]) -> None:
         with torch.no_grad():
-            others = [_plain_ratio(model, example.mismatched) for example in examples]
-            baseline = max(0.0, math.fsum(float(ratio) for ratio in others) / len(examples))
+            others = [float(plain_logp(model, other := example.mismatched)) - (other.reference or 0.0)
+                      for example in examples]
+        baseline = max(0.0, math.fsum(others) / len(examples))
         for example in examples:
-            ratio = _plain_ratio(model, example.answer)
+            ratio = plain_logp(model, example.answer) - (example.answer.reference or 0.0)
             good = torch.tensor([bool(example.answer.desirable)])
             loss = kto(ratio, good, baseline, self.beta, self.desirable_weight, self.undesirable_weight).sum()
             (loss / len(examples)).backward()  # type: ignore[no-untyped-call]
 
-
-def _plain_ratio(model: Any, answer: Answer) -> Tensor:
-    """The log-ratio [1] of an answer from all logits of its rows."""
-    total = torch.zeros(1, dtype=torch.float64)
-    for row in answer.rows:
-        nll = full_nll(model, row)
-        total = total - (nll @ torch.from_numpy(row.weights[1:]).to(nll)).double()
-    return total - (answer.reference or 0.0)

@@ -65,6 +65,12 @@ class Objective(Protocol):
     def documents(self, example: Any, unit: int = 0) -> list[Document]:
         """The rows of one example as documents; `unit` is its number in the batch."""
 
+    def answers(self, example: Any) -> Sequence[Any]:
+        """The answers of an example whose log-probabilities under a reference model are wanted; maybe none."""
+
+    def referred(self, example: Any, references: Sequence[float]) -> Any:
+        """The example with these log-probabilities of its answers."""
+
     def work(
         self, examples: Sequence[Any], layout: Layout, module: nn.Module, world: World,
         autocast: torch.dtype | None = None,
@@ -131,6 +137,12 @@ class Supervised:
 
     def documents(self, example: Sequence[Sample], unit: int = 0) -> list[Document]:
         return documents_of(example, self.reduction.of_example(example))
+
+    def answers(self, example: Sequence[Sample]) -> Sequence[Any]:
+        return ()
+
+    def referred(self, example: Sequence[Sample], references: Sequence[float]) -> Sequence[Sample]:
+        return example
 
     def work(
         self, examples: Sequence[Sequence[Sample]], layout: Layout, module: nn.Module, world: World,

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from chatloss.answers import answer_documents, answer_logps, nll_term
+from chatloss.answers import answer_documents, answer_logps, nll_term, plain_logp
 from chatloss.batch import Document, Layout, MicroBatch
 from chatloss.loss.preference import LossOptions, PreferenceLoss
 from chatloss.loss.sequence import PairLogps
@@ -158,24 +158,16 @@ class Paired:
     def definition(self, model: Any, examples: Sequence[Pair]) -> None:
         z = math.fsum(self.nll.of(pair.chosen).denominator for pair in examples) if self.nll else 1.0
         for pair in examples:
-            nlls = [[full_nll(model, row) for row in answer.rows] for answer in (pair.chosen, pair.rejected)]
-            logps = _plain_logps(pair, nlls)
+            both = self.answers(pair)
+            references = [torch.tensor([answer.reference or 0.0], dtype=torch.float64) for answer in both]
+            tokens = [torch.tensor([answer.n_trained], dtype=torch.float64) for answer in both]
+            logps = PairLogps(*(plain_logp(model, answer) for answer in both), *references, *tokens)
             loss = self.loss.function(logps, self.options).sum() / len(examples)
             if self.nll is not None:
-                for w, nll in zip(self.nll.of(pair.chosen).weights, nlls[0], strict=True):
-                    loss = loss + self.nll.coefficient * (nll[: len(w) - 1] @ torch.from_numpy(w[1:]).to(nll)) / z
+                for row, w in zip(pair.chosen.rows, self.nll.of(pair.chosen).weights, strict=True):
+                    nll = full_nll(model, row)[: len(w) - 1]
+                    loss = loss + self.nll.coefficient * (nll @ torch.from_numpy(w[1:]).to(nll)) / z
             loss.backward()  # type: ignore[no-untyped-call]
-
-
-def _plain_logps(pair: Pair, nlls: Sequence[Sequence[Tensor]]) -> PairLogps:
-    """One pair's log-probabilities from the nll of every token of its rows."""
-    logps, references, tokens = [], [], []
-    for answer, of_rows in zip((pair.chosen, pair.rejected), nlls, strict=True):
-        weights = [torch.from_numpy(row.weights[1:]).to(nll) for row, nll in zip(answer.rows, of_rows, strict=True)]
-        logps.append(-torch.stack([w @ nll for w, nll in zip(weights, of_rows, strict=True)]).sum()[None])
-        references.append(torch.tensor([answer.reference or 0.0]).to(logps[-1]))
-        tokens.append(torch.tensor([sum(int((w != 0).sum()) for w in weights)]).to(logps[-1]))
-    return PairLogps(*logps, *references, *tokens)
 
 
 def measured(work: Work, module: nn.Module, world: World, autocast: torch.dtype | None) -> Floats:

@@ -173,11 +173,12 @@ def verify_recipe(recipe: Recipe, ranks: Sequence[int] = (1, 2, 4)) -> Report:
     """The recipe's first global batch under every partition and row format; see `chatloss.verify.verify`."""
     from chatloss.verify import verify
 
-    formats: dict[str, Sequence[list[Sample]]] = {}
+    formats: dict[str, Sequence[Any]] = {}
+    encode: Any = encode_files if recipe.objective == "sft" else encode_preferences
     for row_format in ("auto", "per_turn"):
         policy = {**recipe.data.policy, "row_format": row_format}
         encoder = recipe_encoder(replace(recipe, data=replace(recipe.data, policy=policy)))
-        formats[row_format], _ = encode_files(recipe, encoder, recipe.data.train)
+        formats[row_format], _ = encode(recipe, encoder, recipe.data.train)
     return verify(recipe, formats, ranks=ranks, vocab_size=getattr(encoder.tokens, "size", None))
 
 

@@ -17,20 +17,22 @@ import numpy.typing as npt
 import torch
 from torch.multiprocessing.spawn import spawn
 
-from chatloss.batch import Layout, documents_of, global_batches
+from chatloss.answers import plain_logp
+from chatloss.batch import Layout, global_batches
 from chatloss.config import Recipe
 from chatloss.errors import RecipeError
 from chatloss.loss.model import TokenLoss
 from chatloss.models import PureFloat64, head_difference, isolation_difference, load_model, plain_experts
+from chatloss.objective import Objective, Supervised, first_documents
+from chatloss.objectives import objective_of
 from chatloss.parallel import World
 from chatloss.reduction import Reduction
-from chatloss.sample import Sample
 from chatloss.step import gradient
 
 __all__ = ["Case", "Report", "Verdict", "definition", "judge", "verify"]
 
 Gradient = Mapping[str, npt.NDArray[np.float64]]
-Examples = Sequence[Sequence[Sample]]
+Examples = Sequence[Any]
 T = TypeVar("T")
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
 
@@ -88,21 +90,15 @@ def _worst(got: Gradient, want: Gradient) -> tuple[str, float]:
     return worst, differences.get(worst, 0.0)
 
 
-def definition(model: Any, examples: Examples, reduction: Reduction) -> Gradient:
+def definition(model: Any, examples: Examples, objective: Objective | Reduction) -> Gradient:
     """The gradient as the definition says it, in the model's precision: row by row, all logits, plain sums.
 
-    ``sum_t u_t w_t nll_t / Z`` with no batching, no packing, no chunks and no ranks: what everything else must equal.
+    For a reduction ``sum_t u_t w_t nll_t / Z``, with no batching, no packing, no chunks and no ranks: what everything
+    else must equal.
     """
     model.zero_grad(set_to_none=True)
-    weights = [reduction.of_example(rows) for rows in examples]
-    z = math.fsum(weight.denominator for weight in weights)
-    for rows, weight in zip(examples, weights, strict=True):
-        for row, w in zip(rows, weight.weights, strict=True):
-            if w.any():
-                ids = torch.from_numpy(row.input_ids.astype(np.int64))[None]
-                logp = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
-                nll = -logp.gather(1, ids[0, 1:, None])[:, 0]
-                (nll @ torch.from_numpy(w[1:]).to(nll) / z).backward()
+    objective = Supervised(objective) if isinstance(objective, Reduction) else objective
+    objective.definition(model, examples)
     return _collect(model)
 
 
@@ -126,7 +122,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All verdicts on one global batch of `examples` conversations with `tokens` trained tokens."""
+    """All verdicts on one global batch of `examples` (conversations, pairs) with `tokens` trained tokens."""
 
     verdicts: tuple[Verdict, ...]
     notes: tuple[str, ...]
@@ -154,30 +150,32 @@ def verify(
 
     `formats` maps a row format to the examples encoded so; the same conversations, in the same order. Partitions are
     micro-batch sizes x packed and padded x row formats x `ranks` (spawned processes on gloo; DDP, and FSDP2 on two).
-    The first format is the reference's. Dropout and load balancing, which do depend on the partition, are off.
+    The first format is the reference's. Dropout and load balancing, which do depend on the partition, are off. The
+    log-probabilities of a reference model are drawn at random, so that no two pairs weigh the same.
     """
     recipe = replace(recipe, run=replace(recipe.run, gradient_checkpointing=False))
-    reduction = Reduction.parse(recipe.loss.reduction, recipe.loss.weight_norm)
-    batch, notes = _draw(recipe, formats, reduction, step)
+    objective = objective_of(recipe)
+    batch, notes = _draw(recipe, formats, objective, step)
     first = next(iter(batch))
-    tokens = sum(reduction.of_example(rows).tokens for rows in batch[first])
+    tokens = sum(objective.survey(batch[first]).trained)
     if not tokens:
         raise RecipeError("this global batch trains nothing", where="data.train", hint="choose another step")
     model = _model(recipe, "float64", vocab_size)
     with PureFloat64():
-        reference = definition(model, batch[first], reduction)
+        batch = _with_references(objective, model, batch, recipe.seed)
+        reference = definition(model, batch[first], objective)
     if "best_fit" in recipe.batch.packing:
-        leak = _leak(model, batch[first], reduction)
+        leak = _leak(model, batch[first], objective)
         notes += [f"packing is not exact with this model: {leak}"] if leak else ["packed documents are isolated"]
     else:
         leak = "off"
-    cases = {case.name: case for case in _cases(batch, reduction, ranks, packed=not leak)}
+    cases = {case.name: case for case in _cases(batch, objective, ranks, packed=not leak)}
     by_ranks: dict[str, Gradient] = {}
     verdicts = []
     for size in sorted({case.layout.ranks for case in cases.values()}):
         own = {name: case for name, case in cases.items() if case.layout.ranks == size}
         began = time.perf_counter()
-        by_ranks = _run(recipe, batch, own, reduction, size, vocab_size)
+        by_ranks = _run(recipe, batch, own, objective, size, vocab_size)
         seconds = (time.perf_counter() - began) / len(own)
         for dtype, tolerance in TOLERANCE.items():
             named = {name: name for name, case in own.items() if case.dtype == dtype}
@@ -186,10 +184,10 @@ def verify(
 
 
 def _draw(
-    recipe: Recipe, formats: Mapping[str, Examples], reduction: Reduction, step: int
+    recipe: Recipe, formats: Mapping[str, Examples], objective: Objective, step: int
 ) -> tuple[dict[str, Examples], list[str]]:
     """The examples of one global batch in every format, without those that train other tokens in another format."""
-    counts = {name: [reduction.of_example(rows).tokens for rows in examples] for name, examples in formats.items()}
+    counts = {name: objective.survey(examples).trained for name, examples in formats.items()}
     trained = next(iter(counts.values()))
     batches = global_batches(trained, examples=recipe.batch.examples or (None if recipe.batch.tokens else 32),
                              tokens=recipe.batch.tokens, seed=recipe.seed)
@@ -199,17 +197,32 @@ def _draw(
     same = [i for i in drawn if len({count[i] for count in counts.values()}) == 1]
     notes = []
     if len(same) < len(drawn):
-        notes.append(f"{len(drawn) - len(same)} of {len(drawn)} conversations train other tokens in another row format "
-                     "and are left out")
+        notes.append(f"{len(drawn) - len(same)} of {len(drawn)} examples train other tokens in another row format and "
+                     "are left out")
     return {name: [examples[i] for i in same] for name, examples in formats.items()}, notes
 
 
-def _cases(batch: Mapping[str, Examples], reduction: Reduction, ranks: Sequence[int], packed: bool) -> list[Case]:
+def _with_references(
+    objective: Objective, model: Any, batch: Mapping[str, Examples], seed: int
+) -> dict[str, Examples]:
+    """The examples with reference log-probabilities some nats below those of the model."""
+    random = np.random.default_rng(seed)
+    answers = [objective.answers(example) for example in next(iter(batch.values()))]
+    with torch.no_grad():
+        values = [[float(plain_logp(model, answer)) - abs(random.normal(scale=3.0)) for answer in own]
+                  for own in answers]
+    return {name: [objective.referred(example, own) for example, own in zip(examples, values, strict=True)]
+            for name, examples in batch.items()}
+
+
+def _cases(batch: Mapping[str, Examples], objective: Objective, ranks: Sequence[int], packed: bool) -> list[Case]:
     cases = []
     for size, (row_format, examples) in product(ranks, batch.items()):
-        lengths = [len(d) for rows in examples for d in documents_of(rows, reduction.of_example(rows))]
-        whole, longest = len(lengths) * max(lengths), max(lengths)
-        layouts = [Layout(size, None, 1, "none"), Layout(size, None, 3, "none"), Layout(size, whole, None, "none")]
+        survey = objective.survey(examples)
+        lengths = [len(d) for example in examples for d in objective.documents(example)]
+        whole, longest, rows = len(lengths) * max(lengths), survey.longest, survey.rows
+        layouts = [Layout(size, None, rows, "none"), Layout(size, None, 3 * rows, "none"),
+                   Layout(size, whole, None, "none")]
         if packed:
             layouts += [Layout(size, n) for n in (longest, max(longest, sum(lengths) // 3), sum(lengths))]
         for layout in layouts if size == 1 else [layouts[1], layouts[-1 if packed else 2]]:
@@ -222,20 +235,20 @@ def _cases(batch: Mapping[str, Examples], reduction: Reduction, ranks: Sequence[
 
 
 def _run(
-    recipe: Recipe, batch: Mapping[str, Examples], cases: Mapping[str, Case], reduction: Reduction, size: int,
+    recipe: Recipe, batch: Mapping[str, Examples], cases: Mapping[str, Case], objective: Objective, size: int,
     vocab_size: int | None,
 ) -> dict[str, Gradient]:
     if size == 1:
-        return {name: _gradient(recipe, batch, case, reduction, World(), vocab_size) for name, case in cases.items()}
+        return {name: _gradient(recipe, batch, case, objective, World(), vocab_size) for name, case in cases.items()}
     with tempfile.TemporaryDirectory() as directory:
-        work = (directory, size, recipe, batch, dict(cases), reduction, vocab_size, torch.get_num_threads())
+        work = (directory, size, recipe, batch, dict(cases), objective, vocab_size, torch.get_num_threads())
         spawn(_rank, work, nprocs=size)  # type: ignore[no-untyped-call]
         return {name: dict(np.load(Path(directory, f"{i}.npz"))) for i, name in enumerate(cases)}
 
 
 def _rank(
     rank: int, directory: str, size: int, recipe: Recipe, batch: Mapping[str, Examples], cases: Mapping[str, Case],
-    reduction: Reduction, vocab_size: int | None, threads: int,
+    objective: Objective, vocab_size: int | None, threads: int,
 ) -> None:
     torch.set_num_threads(max(1, min(threads, (os.cpu_count() or 1) // size)))
     store = f"file://{directory}/store"
@@ -243,7 +256,7 @@ def _rank(
     try:
         world = World(rank, size, torch.device("cpu"), torch.distributed.group.WORLD)
         for i, case in enumerate(cases.values()):
-            got = _gradient(recipe, batch, case, reduction, world, vocab_size)
+            got = _gradient(recipe, batch, case, objective, world, vocab_size)
             if rank == 0:
                 np.savez(Path(directory, f"{i}.npz"), **got)  # type: ignore[arg-type]
         world.barrier()
@@ -252,21 +265,20 @@ def _rank(
 
 
 def _gradient(
-    recipe: Recipe, batch: Mapping[str, Examples], case: Case, reduction: Reduction, world: World,
+    recipe: Recipe, batch: Mapping[str, Examples], case: Case, objective: Objective, world: World,
     vocab_size: int | None,
 ) -> Gradient:
     """The gradient that the trainer's own step computes in this case, in float64 NumPy."""
     model = _model(recipe, case.dtype, vocab_size)
     examples = batch[case.row_format]
-    weights = [reduction.of_example(rows) for rows in examples]
-    documents = [d for rows, w in zip(examples, weights, strict=True) for d in documents_of(rows, w)]
-    loss = TokenLoss(model)
-    loss.own_logits = bool(head_difference(loss.inner, documents[0].input_ids[:64].tolist()))
+    loss = TokenLoss(model, per_token=objective.per_token)
+    ids = first_documents(objective, examples, 1)[0].input_ids
+    loss.own_logits = bool(head_difference(loss.inner, ids[:64].tolist()))
     kinds = getattr(loss.inner, "_no_split_modules", None) or ()
     module = world.wrap(loss, case.parallel, [part for part in loss.modules() if type(part).__name__ in kinds])
-    mine = math.fsum(w.denominator for i, w in enumerate(weights) if i % world.size == world.rank)
     with PureFloat64():
-        gradient(module, case.layout.micro_batches(documents, world.rank), mine, world)
+        work = objective.work(examples, case.layout, module, world)
+        gradient(module, work.micro_batches, work.denominators, world, terms=work.terms)
     return _collect(model)
 
 
@@ -287,10 +299,9 @@ def _model(recipe: Recipe, dtype: Literal["float64", "float32"], vocab_size: int
     return model.eval()
 
 
-def _leak(model: Any, examples: Examples, reduction: Reduction) -> str:
-    documents = [d for rows in examples for d in documents_of(rows, reduction.of_example(rows))]
+def _leak(model: Any, examples: Examples, objective: Objective) -> str:
     with PureFloat64():
-        return isolation_difference(TokenLoss(model), documents[:3])
+        return isolation_difference(TokenLoss(model), first_documents(objective, examples))
 
 
 def _collect(model: Any) -> Gradient:
