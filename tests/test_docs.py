@@ -7,15 +7,19 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from scripts.cli_docs import PAGE, render
 
 from chatloss.demo import chats_file, tokenizer_directory
+from chatloss.policy import Policy
+from chatloss.sample import Reason
+from chatloss.view import OUTCOMES
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # ```bash and ```python blocks are run; ```sh are for the reader's own machine (installing, make), ```text is output.
 BLOCK = re.compile(r"^```(bash|python)(?: (slow))?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -50,6 +54,12 @@ def test_every_slow_block_of_the_page_runs(page: Path, tmp_path: Path) -> None:
     run_page(page, tmp_path, slow=True)
 
 
+def test_the_page_on_reasons_names_every_reason_outcome_and_policy() -> None:
+    text = (ROOT / "docs" / "why.md").read_text("utf-8")
+    for name in [*(reason.name.lower() for reason in Reason), *OUTCOMES, *(field.name for field in fields(Policy))]:
+        assert f"`{name}`" in text, name
+
+
 def test_the_command_line_page_is_that_of_help() -> None:
     assert PAGE.read_text("utf-8") == render(), "run `make docs`"
 
@@ -58,3 +68,11 @@ def test_the_command_line_page_is_that_of_help() -> None:
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text("utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_test_that_the_page_on_exactness_names_exists() -> None:
+    root = Path(__file__).parents[1]
+    named = set(re.findall(r"`(test_\w+)`", (root / "docs" / "exactness.md").read_text("utf-8")))
+    sources = "".join(path.read_text("utf-8") for path in (root / "tests").glob("test_*.py"))
+    assert len(named) > 10
+    assert [name for name in named if f"def {name}(" not in sources] == []
