@@ -108,13 +108,13 @@ def apo_zero(pairs: PairLogps, options: LossOptions) -> Tensor:
 
     The paper leaves out the constant 1, which keeps the loss positive.
     """
-    return 1 - torch.sigmoid(options.beta * pairs.ratio_chosen) + torch.sigmoid(options.beta * pairs.ratio_rejected)
+    return torch.sigmoid(-options.beta * pairs.ratio_chosen) + torch.sigmoid(options.beta * pairs.ratio_rejected)
 
 
 def apo_down(pairs: PairLogps, options: LossOptions) -> Tensor:
     """APO-down: ``sigmoid(beta r_w) + 1 - sigmoid(beta delta)``: both down, rejected further (D'Oosterlinck 2024)."""
     delta = pairs.ratio_chosen - pairs.ratio_rejected
-    return torch.sigmoid(options.beta * pairs.ratio_chosen) + 1 - torch.sigmoid(options.beta * delta)
+    return torch.sigmoid(options.beta * pairs.ratio_chosen) + torch.sigmoid(-options.beta * delta)
 
 
 def kto(
@@ -131,9 +131,9 @@ def kto(
     >>> kto(torch.tensor([2.0, 2.0]), torch.tensor([True, False]), 1.0, beta=1.0)
     tensor([0.2689, 0.7311])
     """
-    sign = torch.where(desirable, 1.0, -1.0).to(ratios)
-    weight = torch.where(desirable, desirable_weight, undesirable_weight).to(ratios)
-    return weight * torch.sigmoid(-beta * sign * (ratios - baseline))
+    good = desirable.to(ratios.dtype)
+    weight = desirable_weight * good + undesirable_weight * (1 - good)
+    return weight * torch.sigmoid(beta * (1 - 2 * good) * (ratios - baseline))
 
 
 def _smoothed(logits: Tensor, e: float) -> Tensor:
