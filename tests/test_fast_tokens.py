@@ -59,6 +59,53 @@ def test_ids_and_offsets_are_those_of_the_reference(name: str, data: st.DataObje
     assert_equal(name, "".join(data.draw(st.lists(piece, max_size=8))))
 
 
+def with_added(*tokens: tuple[str, bool]) -> FastTokens:
+    """The demonstration's tokenizer with more added tokens, (text, whether it is matched after normalising) each."""
+    spec = json.loads((tokenizer_directory() / "tokenizer.json").read_text("utf-8"))
+    size = max(spec["model"]["vocab"].values()) + 1000
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "special": True}
+    for i, (token, normalized) in enumerate(tokens):
+        spec["added_tokens"].append({"id": size + i, "content": token, "normalized": normalized, **plain})
+    return FastTokens(Tokenizer.from_str(json.dumps(spec)))
+
+
+@cache
+def overlapping() -> tuple[FastTokens, FlatTokens]:
+    """Added tokens that begin, hold and overlap each other."""
+    reference = with_added(*((token, False) for token in ("<a>", "<a><b>c", "<b>", "b><", "ab", "abcabc")))
+    return reference, FlatTokens(reference)
+
+
+@pytest.mark.parametrize("late", ["ab", "a<b>c", "bb><", "><", "<x"])
+def test_added_tokens_that_it_would_match_in_another_order_are_left_to_the_reference(late: str) -> None:
+    reference = with_added(*((token, False) for token in ("<b>", "b><", "<xab>")), (late, True))
+    fast = FlatTokens(reference)
+    for text in ("ab><b>", "a<b>c", "bb><b>", "abb><", "<xab>", "<b><", "a b c", "<xab"):
+        assert np.array_equal(reference.encode(text).ids, fast.encode(text).ids), text
+    assert fast.fell_back
+
+
+def test_an_added_token_that_begins_before_the_end_of_what_is_shared_counts() -> None:
+    reference, fast = overlapping()
+    for text in ("hello<a><b>", "hello<a><b>c", "hello<a><b>", "x<b>ab", "x<b>abcabc"):
+        assert np.array_equal(reference.encode(text).ids, fast.encode(text).ids), text
+
+
+@pytest.mark.parametrize("name", ["overlapping", "qwen3", "deepseek-v3"])
+@settings(max_examples=100)
+@given(data=st.data())
+def test_a_text_that_goes_on_from_another_is_encoded_as_on_its_own(name: str, data: st.DataObject) -> None:
+    reference, fast = overlapping() if name == "overlapping" else both(name)
+    added = list(reference.added)[-6:] if name == "overlapping" else list(reference.added)[:40]
+    piece = st.one_of(st.sampled_from(added), st.sampled_from([*"abc<> \n", "hello", "你好", "🙂"]))
+    text = ""
+    for _ in range(data.draw(st.integers(1, 6))):
+        text = text[: data.draw(st.integers(0, len(text)))] + "".join(data.draw(st.lists(piece, max_size=6)))
+        wanted, found = reference.encode(text), fast.encode(text)
+        for a, b in ((wanted.ids, found.ids), (wanted.starts, found.starts), (wanted.ends, found.ends)):
+            assert np.array_equal(a, b), text
+
+
 @pytest.mark.parametrize("name", BYTE_LEVEL)
 def test_real_chats_are_encoded_as_by_the_reference(name: str) -> None:
     for data in ("tools_en", "tools_zh", "multilingual"):
@@ -131,8 +178,8 @@ class Wrong(FlatTokens):
 
     word = "\n"
 
-    def _flat(self, text: str, data: bytes | None = None) -> Any:
-        found = super()._flat(text, data)
+    def _flat(self, text: str) -> Any:
+        found = super()._flat(text)
         if found is not None and self.word in text and len(found.ids):
             found = fast_tokens.Encoded(found.ids[::-1].copy(), found.starts, found.ends)
         return found
