@@ -181,7 +181,12 @@ class _AssistantMasks:
         encoders = _WORK.setdefault(self, _Work()).encoders
         key = (str(plain), len(self))  # type: ignore[arg-type]
         if key not in encoders:
-            encoders[key] = ChatEncoder.load(load_tokenizer(self), plain, self._mask_policy)  # type: ignore[attr-defined]
+            from transformers.utils import chat_template_utils as theirs
+
+            encoders[key] = ChatEncoder.load(
+                load_tokenizer(self), plain, self._mask_policy,  # type: ignore[attr-defined]
+                clock=lambda: theirs.datetime.now(),  # one clock for both, where a template writes the date
+            )
         return encoders[key]
 
     def _mask(self, encoder: ChatEncoder, chat: Conversation, ids: Any, grows: bool) -> tuple[Any, Any]:
