@@ -26,6 +26,7 @@ from chatloss.errors import ChatlossError, DataError
 from chatloss.findings import SEVERITIES, quoted
 from chatloss.formats import Row
 from chatloss.markers import Markers, encode_text
+from chatloss.pairs import examine_pair, judged, sides
 from chatloss.probes import REFUSES, Probes
 from chatloss.sample import Reason, Sample
 from chatloss.switches import remedy_for
@@ -104,10 +105,9 @@ class _Audit:
         if isinstance(item, Text):
             self.plain_text(item)
         elif isinstance(item, Preference):
-            self.conversation(item.chosen, "chosen ")
-            self.conversation(item.rejected, "rejected ", len(item.prompt))
+            self.pair(item)
         else:
-            self.conversation(item.conversation if isinstance(item, Label) else item)
+            self.conversation(judged(item) if isinstance(item, Label) else item)
 
     def plain_text(self, item: Text) -> None:
         self.n["texts"] += 1
@@ -126,38 +126,46 @@ class _Audit:
         self.rows(encoding, item.source)
         self.samples += encoding.rows if len(self.samples) < self.keep else []
 
-    def conversation(self, conversation: Conversation, branch: str = "", start: int = 0) -> None:
-        """Count one conversation; what concerns messages before `start` has been told with another one."""
+    def pair(self, item: Preference) -> None:
+        """Both sides of a pair, and what they lack as a pair."""
+        try:
+            both: tuple[Encoding | None, ...] = examine_pair(self.encoder, item)
+        except ChatlossError:  # of one side, and told with it
+            both = None, None
+        for side, start, encoding in zip(sides(item), (0, len(item.prompt)), both, strict=True):
+            self.conversation(side, start, encoding)
+
+    def conversation(self, conversation: Conversation, start: int = 0, made: Encoding | None = None) -> None:
+        """Count one conversation, encoded already if `made`; what concerns messages before `start` has been told."""
         source = conversation.source
         turns = [i for i, m in enumerate(conversation.messages) if m.role in self.encoder.policy.roles]
         self.n["conversations"] += 1
         self.n["messages"] += len(conversation.messages)
         self.n["turns"] += len(turns)
         known = len(self.seen)
-        encoding = self.encoding(conversation, turns, branch)
+        encoding = self.encoding(conversation, turns, made)
         if encoding is not None:
             self.outcomes(encoding, turns)
-            self.problems(conversation, encoding, branch)
+            self.problems(conversation, encoding)
             self.rows(encoding, source)
         off = () if encoding is None else [i for i, why in encoding.untrained.items() if why == "switched_off"]
-        self.data(conversation, {i for i in turns if i not in off}, branch, start)
+        self.data(conversation, {i for i in turns if i not in off}, start)
         new = len(self.seen) > known
         if encoding is not None and self.keep and (new or len(self.samples) < self.keep):
             self.samples += encoding.rows
             self.roles[source] = tuple(m.role for m in conversation.messages)
             self.untrained[source] = encoding.untrained
 
-    def encoding(self, conversation: Conversation, turns: list[int], branch: str) -> Encoding | None:
+    def encoding(self, conversation: Conversation, turns: list[int], made: Encoding | None) -> Encoding | None:
         """What encoding says of it, None where it cannot be encoded; both counted."""
         source = conversation.source
         try:
-            encoding = self.encoder.examine(conversation)
+            encoding = made or self.encoder.examine(conversation)
         except ChatlossError as error:
             self.refuse(turns)
             self.turns["rejected"] += len(turns)
             text = "a conversation that cannot be encoded"
-            where = f"{branch}{error.where}".strip()
-            self.hit(error.kind, source, where, error.what, severity="error", text=text, remedy=error.hint)
+            self.hit(error.kind, source, error.where, error.what, severity="error", text=text, remedy=error.hint)
             return None
         fatal = any(problem.fatal for problem in encoding.problems)
         if fatal:
@@ -181,16 +189,16 @@ class _Audit:
             told = status.get(i, "rejected")
             self.turns["rejected" if whole or told not in TURN_STATUSES else told] += 1
 
-    def problems(self, conversation: Conversation, encoding: Encoding, branch: str) -> None:
+    def problems(self, conversation: Conversation, encoding: Encoding) -> None:
         source, policy = conversation.source, self.encoder.policy
         cut = [i for i, why in encoding.untrained.items() if why == "truncated"]
         for problem in encoding.problems:
             handled = {"drop": "info", "splice": "info"}.get(getattr(policy, problem.cause, ""), "warning")
-            place = f"{branch}messages[{problem.message}]" if problem.message >= 0 else ""
+            place = f"messages[{problem.message}]" if problem.message >= 0 else ""
             severity = "error" if problem.fatal else handled
             if problem.cause == "too_long":  # told once for each turn that is lost
                 for i in cut:
-                    self.hit("too_long", source, f"{branch}messages[{i}]", problem.detail, severity=severity)
+                    self.hit("too_long", source, f"messages[{i}]", problem.detail, severity=severity)
                 cut = []
                 continue
             self.hit(_cause_of(problem), source, place, _detail_of(problem), severity=severity)
@@ -199,7 +207,7 @@ class _Audit:
         for turn in encoding.turns:
             if turn.outcome != "reachable" or turn.index in encoding.untrained:
                 continue
-            place = f"{branch}messages[{turn.index}]"
+            place = f"messages[{turn.index}]"
             split = encoding.outcomes.get(turn.index) == "split"
             stop = turn.stop == "appended"
             for cause, holds in (("split", split), ("stop_appended", stop), ("trimmed", turn.trimmed)):
@@ -226,12 +234,12 @@ class _Audit:
             if len(self.bos) == 1 and row.input_ids[:2].tolist() == self.bos * 2:
                 self.hit("double_bos", source)
 
-    def data(self, conversation: Conversation, wanted: set[int], branch: str, start: int) -> None:
+    def data(self, conversation: Conversation, wanted: set[int], start: int) -> None:
         """What is wrong whatever the template, and what came before."""
         source = conversation.source
         for found in audit(conversation, wanted, self.control.__contains__):
             if found.message >= start:
-                self.hit(found.cause, source, f"{branch}messages[{found.message}]", found.detail)
+                self.hit(found.cause, source, f"messages[{found.message}]", found.detail)
         self.conversations.add(_canonical(conversation), source, 0)
         for i in sorted(wanted):
             text = _answer_text(conversation.messages[i])

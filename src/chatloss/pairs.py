@@ -121,7 +121,7 @@ def _only_trained_from(n: int, chat: Conversation) -> Conversation:
 
 
 def examine_pair(encoder: ChatEncoder, preference: Preference) -> tuple[Encoding, Encoding]:
-    """Both answers encoded. What they lack as a pair is told by fatal problems of the rejected one.
+    """Both answers encoded. What they lack as a pair is told by a fatal problem of one of them.
 
     These are, beside what each answer has by itself: ``lost_answer`` (an answer, or a turn of one, is not trained),
     ``too_long`` (`max_length` cuts an answer; see below), ``other_prompt`` (different ids before the first trained
@@ -141,9 +141,11 @@ def examine_pair(encoder: ChatEncoder, preference: Preference) -> tuple[Encoding
         if overflow == "window":
             both = _windowed(encoder, chats, len(preference.prompt)) or both
     chosen, rejected = both
-    problem = next(_pair_problems(both, len(preference.prompt), cut=overflow == "right"), None)
-    if problem is not None:
-        rejected = replace(rejected, problems=(*rejected.problems, problem))
+    found = next(_pair_problems(both, len(preference.prompt), cut=overflow == "right"), None)
+    if found is not None and found[0] is chosen:
+        chosen = replace(chosen, problems=(*chosen.problems, found[1]))
+    elif found is not None:
+        rejected = replace(rejected, problems=(*rejected.problems, found[1]))
     return chosen, rejected
 
 
@@ -164,7 +166,7 @@ def answer_of(encoder: ChatEncoder, label: Label) -> Answer | None:
     _raise_fatal(encoding, label.source)
     if _is_cut(encoding) and encoder.policy.overflow == "drop":
         return None
-    lost = next(_lost([encoding], len(chat.messages) - 1, cut=encoder.policy.overflow == "right"), None)
+    lost = next(_lost(encoding, len(chat.messages) - 1, cut=encoder.policy.overflow == "right"), None)
     if lost is not None:
         raise lost.error(label.source)
     return Answer(tuple(encoding.rows), label.desirable)
@@ -195,34 +197,34 @@ def _is_cut(encoding: Encoding) -> bool:
     return "truncated" in encoding.untrained.values() or any(p.cause == "too_long" for p in encoding.problems)
 
 
-def _pair_problems(both: Sequence[Encoding], size: int, cut: bool) -> Iterator[Problem]:
-    yield from _lost(both, size, cut)
+def _pair_problems(both: Sequence[Encoding], size: int, cut: bool) -> Iterator[tuple[Encoding, Problem]]:
+    """What keeps two encodings from being a pair, each with the one that it concerns."""
+    for encoding in both:
+        yield from ((encoding, problem) for problem in _lost(encoding, size, cut))
     chosen, rejected = both
     if not np.array_equal(prompt_ids(chosen.rows), prompt_ids(rejected.rows)):
         what = "the ids before the first trained token differ between the answers"
-        yield Problem("other_prompt", size, what, "the answers must answer the same prompt; look with `chatloss view`",
-                      True)
+        yield rejected, Problem("other_prompt", size, what, "mend the pair; look with `chatloss view`", True)
     if _trained(chosen) == _trained(rejected):
-        yield Problem("tie", size, "the trained tokens of both answers are the same",
-                      "a longer --max-length" if cut else "drop the pair: it prefers nothing", True)
+        remedy = "a longer --max-length" if cut else "drop the pair: it prefers nothing"
+        yield rejected, Problem("tie", size, "the trained tokens of both answers are the same", remedy, True)
 
 
-def _lost(encodings: Sequence[Encoding], size: int, cut: bool) -> Iterator[Problem]:
-    """Why these encodings do not hold their answers (messages[size:]) whole."""
-    for encoding in encodings:
-        for message, why in sorted(encoding.untrained.items()):
-            if message < size or why == "switched_off" or (why == "truncated" and cut):
-                continue
-            if why == "truncated":
-                yield Problem("too_long", message, "max_length cuts this answer",
-                              "a longer --max-length, or --overflow drop|right|window", True)
-            else:
-                yield Problem("lost_answer", message, f"this turn of the answer is not trained: {why}",
-                              "drop the pair, or settle the turn with its own flag", True)
-        if not any(row.n_trained for row in encoding.rows):
-            cause = "too_long" if _is_cut(encoding) else "lost_answer"
-            yield Problem(cause, size, "nothing of this answer is trained",
-                          "a longer --max-length" if cause == "too_long" else "drop the pair", True)
+def _lost(encoding: Encoding, size: int, cut: bool) -> Iterator[Problem]:
+    """Why an encoding does not hold its answer (messages[size:]) whole; `cut`: cutting it is what the user wants."""
+    for message, why in sorted(encoding.untrained.items()):
+        if message < size or why == "switched_off" or (why == "truncated" and cut):
+            continue
+        if why == "truncated":
+            yield Problem("too_long", message, "max_length cuts this answer",
+                          "a longer --max-length, or --overflow drop|right|window", True)
+        else:
+            yield Problem("lost_answer", message, f"this turn of the answer is not trained: {why}",
+                          "drop the pair, or settle the turn with its own flag", True)
+    if not any(row.n_trained for row in encoding.rows):
+        cause = "too_long" if _is_cut(encoding) else "lost_answer"
+        yield Problem(cause, size, "nothing of this answer is trained",
+                      "a longer --max-length" if cause == "too_long" else "drop the pair", True)
 
 
 def _trained(encoding: Encoding) -> list[list[int]]:
