@@ -38,7 +38,9 @@ def test_every_page_is_built_and_asks_no_other_server_for_anything(site: Path) -
     assert pages <= {path.relative_to(site) for path in site.rglob("*.html")}
     loads = r'<(?:script|img|iframe)[^>]*\ssrc="https?:|<link[^>]*href="https?:|url\(["\']?(?:https?:)?//'
     for path in [*site.rglob("*.html"), *site.rglob("*.css")]:
-        assert not re.search(loads, path.read_text("utf-8")), path
+        text = path.read_text("utf-8")
+        assert not re.search(loads, text), path
+        assert "```" not in text and "<code>bash" not in text, f"a block that is none: {path}"
 
 
 def test_the_reference_has_every_public_name_with_its_example(site: Path) -> None:
