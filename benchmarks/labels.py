@@ -52,7 +52,8 @@ def conversations(count: int) -> list[tuple[Conversation, dict[str, Any]]]:
 
 def results(template: str, chats: list[tuple[Conversation, dict[str, Any]]]) -> Iterator[Result]:
     encoder = ChatEncoder.load(assets.tokenizer_dir(template), clock=lambda: conformance.CLOCK)
-    given = [Chat(encoder.rendering(chat).messages, list(chat.tools or ()), row) for chat, row in chats]
+    tools = [list(chat.tools) if chat.tools else None for chat, _ in chats]
+    given = [Chat(encoder.rendering(chat).messages, tool, row) for (chat, row), tool in zip(chats, tools, strict=True)]
     tokenizer = transformers_tokenizer(template)
     ours = [{"input_ids": row.input_ids, "labels": row.labels} for chat, _ in chats for row in encoder.encode(chat)]
     for tool, make in {"chatloss": lambda *_: iter(ours), **TOOLS}.items():
@@ -86,9 +87,10 @@ def _cells(result: Result) -> tuple[str, str, str]:
     turns = sum(count for name, count in report.differences.items() if name == "equal")
     for finding in report.findings:
         mark = {"error": "**", "warning": "", "info": "_"}[finding.severity]
-        if finding.cause not in ("chat_without_row",):
+        if finding.cause != "chat_without_row":  # told as refused
             shown.append(f"{mark}{finding.cause.replace('_', ' ')} {finding.count:,}{mark}")
-    return f"{report.counts['input_rows']:,}", f"{turns:,}", "; ".join([*shown, *([refused] if refused else [])]) or "none"
+    told = "; ".join([*shown, *([refused] if refused else [])]) or "none"
+    return f"{report.counts['input_rows']:,}", f"{turns:,}", told
 
 
 def write_csv(results: list[Result], path: Path) -> None:

@@ -191,7 +191,7 @@ def axolotl(tokenizer: Any, name: str, chats: Sequence[Chat]) -> Iterator[Row | 
     )
 
     def make(chat: Chat) -> Row:
-        made = strategy.tokenize_prompt({"messages": chat.messages, "tools": list(chat.tools or ())})
+        made = strategy.tokenize_prompt({"messages": chat.messages, "tools": chat.tools})
         return {"input_ids": made["input_ids"], "labels": made["labels"]}
 
     return each(chats, make)
@@ -235,7 +235,7 @@ def swift(tokenizer: Any, name: str, chats: Sequence[Chat]) -> Iterator[Row | st
     template.set_mode("train")
 
     def make(chat: Chat) -> Row:
-        made = template.encode({"messages": _swift_messages(chat.messages), "tools": list(chat.tools or ())})
+        made = template.encode({"messages": _swift_messages(chat.messages), "tools": chat.tools})
         return {"input_ids": made["input_ids"], "labels": made["labels"]}
 
     return each(chats, make)

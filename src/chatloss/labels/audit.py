@@ -72,11 +72,14 @@ class _Audit:
         self.comparison = None if chats is None else Comparison(encoder, chats)
         tokens = encoder.loaded.tokens
         control = getattr(tokens, "added", tokens.special)
-        self.reconstructor = Reconstructor(Structure.of(encoder), encoder.decode, list(control.values()))
+        structure = Structure.of(encoder)
+        self.reconstructor = Reconstructor(structure, encoder.decode, list(control.values()))
         self.stops = frozenset(tokens.ids_of(text)[-1] for text in encoder.engine_stops)
         bos = encoder.loaded.special_tokens.get("bos_token", "")
         ids = tokens.ids_of(bos) if bos else []
-        self.bos = ids[0] if len(ids) == 1 else -1
+        # Some models begin every message with it.
+        inside = any(bos in opener.text for opener in structure.openers)
+        self.bos = ids[0] if len(ids) == 1 and not inside else -1
         self.seen: dict[str, Seen] = {}
         self.n: Counter[str] = Counter()
         self.columns: Counter[str] = Counter()
@@ -174,9 +177,10 @@ class _Audit:
             self.comparison.finish()
             for place in self.comparison.lost:
                 self.hit("turn_lost", place)
-            if not self.comparison.lost:  # the answers that a row leaves out are trained in others
-                for cause in ("only_last_turn", "turns_untrained"):
-                    self.seen.pop(cause, None)
+            # The comparison knows better: what a row leaves out may be trained in another one.
+            known = () if self.comparison.lost else ("only_last_turn", "turns_untrained")
+            for cause in (*known, "empty_think_trained"):
+                self.seen.pop(cause, None)
             if left := self.comparison.names["chats without a row"]:
                 self.hit("chat_without_row", "")
                 self.seen["chat_without_row"].count = left

@@ -76,7 +76,7 @@ class Comparison:
 
     def document(self, document: Document, trained: Mask) -> Beside | None:
         """What sets a document apart from ours; None where it has no chat."""
-        conversation = self.matcher.find(document.text)
+        conversation = self.matcher.find(document.text, len(document.turns))
         if conversation is None:
             self.names["unmatched documents"] += 1
             self.tokens["unmatched"] += int(trained.sum())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from chatloss.chat import Conversation, Message, split_think
 
 __all__ = ["Matcher", "needle"]
 
 MOST_HELD = 10_000
-LONGEST = 60
+LONGEST = 80
 
 
 def needle(message: Message) -> str:
@@ -28,30 +29,39 @@ class Matcher:
 
     def __init__(self, conversations: Iterable[Conversation], most: int = MOST_HELD) -> None:
         self._coming: Iterator[Conversation] = iter(conversations)
-        self._held: list[tuple[Conversation, tuple[str, ...]]] = []
-        self._most, self._at = most, 0
+        self._held: list[_Signs] = []
+        self._most, self._at, self._turns = most, 0, 0
         self._found: set[str] = set()
         self.n_read = 0
 
-    def find(self, text: str) -> Conversation | None:
-        """The conversation of which `text` is a rendering, or None."""
+    def find(self, text: str, turns: int) -> Conversation | None:
+        """The conversation of which `text`, with so many answers in it, is a rendering, or None."""
         while len(self._held) <= self._at and self._read():
             pass
-        order = [i for i in (self._at, self._at - 1) if 0 <= i < len(self._held)]
-        at = next((i for i in order if self._matches(i, text)), None)
-        if at is None:
+        # Rows of one conversation grow: one with no more answers than the row before begins another.
+        near = (self._at - 1, self._at) if turns > self._turns else (self._at, self._at - 1)
+        at = self._search(near, text, turns)
+        if at is None or not self._held[at].all(text, turns):
             while len(self._held) < self._most and self._read():
                 pass
-            at = next((i for i in range(len(self._held)) if self._matches(i, text)), None)
+            far = self._search(range(len(self._held)), text, turns)
+            at = far if at is None or (far is not None and self._held[far].all(text, turns)) else at
         if at is None:
             return None
-        self._at = at + 1
-        found = self._held[at][0]
+        self._at, self._turns = at + 1, turns
+        found = self._held[at].conversation
         self._found.add(found.source)
         if self._at > self._most // 2 and len(self._held) >= self._most:
             del self._held[: self._at - 1]
             self._at = 1
         return found
+
+    def _search(self, places: Iterable[int], text: str, turns: int) -> int | None:
+        """The first place whose answers all stand in `text`, else whose first does, else whose question does."""
+        likely = [i for i in places if 0 <= i < len(self._held) and self._held[i].question in text]
+        ranks = [(not self._held[i].all(text, turns), not self._held[i].all(text, 1), place)
+                 for place, i in enumerate(likely) if self._held[i].question or self._held[i].all(text, 1)]
+        return likely[min(ranks)[2]] if ranks else None
 
     def left(self) -> int:
         """How many conversations no document was found for; reads the rest of them."""
@@ -65,16 +75,24 @@ class Matcher:
             return False
         self.n_read += 1
         if hold:
-            self._held.append((conversation, _signs(conversation)))
+            self._held.append(_Signs.of(conversation))
         return True
 
-    def _matches(self, at: int, text: str) -> bool:
-        signs = self._held[at][1]
-        return bool(signs) and all(sign in text for sign in signs)
 
+@dataclass(frozen=True, slots=True)
+class _Signs:
+    """How the first question and the answers of a conversation begin."""
 
-def _signs(conversation: Conversation) -> tuple[str, ...]:
-    """How the first question and the first answer begin."""
-    first = {role: next((m for m in conversation.messages if m.role == role and needle(m)), None)
-             for role in ("user", "assistant")}
-    return tuple(needle(message) for message in first.values() if message is not None)
+    conversation: Conversation
+    question: str
+    answers: tuple[str, ...]
+
+    @classmethod
+    def of(cls, conversation: Conversation) -> _Signs:
+        question = next((needle(message) for message in conversation.messages if message.role == "user"), "")
+        answers = tuple(needle(message) for message in conversation.messages if message.role == "assistant")
+        return cls(conversation, question, answers)
+
+    def all(self, text: str, turns: int) -> bool:
+        """Whether `text` holds the beginnings of as many answers as it has."""
+        return len(self.answers) >= turns and all(sign in text for sign in self.answers[:turns])

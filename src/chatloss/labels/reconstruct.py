@@ -133,16 +133,14 @@ class Reconstructor:
         events = self._merged(list(self._events(text, ids, ends)), text)
         marks: list[tuple[int, Kind, int]] = [(0, Kind.START, -1)]
         turns: list[TurnPlace] = []
-        borders = [event.start for event in events[1:]] + [len(text)]
         if events and (self.structure.headers.get("system") or text[: events[0].start].strip()):
             self._opening(text, events[0].start, marks)
-        for i, (event, border) in enumerate(zip(events, borders, strict=True)):
+        for i, event in enumerate(events):
+            border = events[i + 1].start if i + 1 < len(events) else len(text)
             if event.role == "assistant":
                 turns.append(self._turn(event, border, i, text, ends, marks))
             else:
                 self._other(event, border, i, text, marks)
-        if not events:
-            marks = [(0, Kind.START, -1)]
         places = np.asarray([mark[0] for mark in marks], np.int64)
         which = np.searchsorted(places, np.maximum(ends - 1, 0), side="right") - 1
         kinds = np.asarray([mark[1] for mark in marks], np.uint8)[which]

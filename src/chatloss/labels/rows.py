@@ -128,8 +128,8 @@ def _row(value: Any, source: str, vocabulary: int) -> LabelRow:
     _check_ids(ids, vocabulary)
     n = len(ids)
     for name in ("labels", *MASKS, "attention_mask", "position_ids"):
-        if name in given and len(given[name]) != n:
-            what = f"{name} has {len(given[name])} values for {n} ids"
+        if name in given and (size := len(_array(given[name], name))) != n:
+            what = f"{name} has {size} values for {n} ids"
             raise DataError(what, where=name, hint="dump both before collation, or both after", kind="length")
     masks = [name for name in MASKS if name in given]
     shifted, odd = False, tuple[int, ...]()
