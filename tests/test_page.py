@@ -7,6 +7,8 @@ import hashlib
 import html
 import json
 import re
+import subprocess
+import sys
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chatloss.demo import tokenizer_directory
 from chatloss.errors import DataError
 from chatloss.page import Section, page, write_page
 from chatloss.sample import Reason, Sample, Span
@@ -169,6 +172,21 @@ def test_every_turn_that_is_trained_nowhere_is_listed_or_counted() -> None:
     said = data_of(page(rows, untrained=more))["untrained"]
     assert said["counts"] == [["switched_off", 2000], ["unlawful", 1], ["truncated", 1]]
     assert said["list"] == [["a.jsonl:7", 0, "unlawful", -1], ["a.jsonl:1", 3, "truncated", 0]]
+
+
+@pytest.mark.parametrize("command", ["view", "check"])
+def test_the_commands_pages_hold_every_turn_that_is_trained_nowhere(command: str, tmp_path: Path) -> None:
+    data, tokenizer = tokenizer_directory().parent / "messy.jsonl", tokenizer_directory()
+    arguments = [command, str(data), "-t", str(tokenizer), "--html", str(tmp_path / "page.html")]
+    run = subprocess.run([sys.executable, "-m", "chatloss", *arguments], capture_output=True, text=True)
+    made = data_of((tmp_path / "page.html").read_text("utf-8"))
+    assert run.returncode == (1 if command == "check" else 0), run.stderr
+    assert dict(made["untrained"]["counts"]) == {"control_tokens": 3, "switched_off": 1}
+    assert {turn[2] for turn in made["untrained"]["list"]} == {"control_tokens"}
+    assert made["rejects"]["total"] == 8
+    causes = [finding["cause"].split(":")[0] for finding in made["findings"]]
+    assert len(set(causes)) == len(causes) and "control tokens" in causes
+    assert made["reductions"] == ["token", "turn", "conversation"]
 
 
 def test_the_mask_of_another_tool_stands_beside_ours() -> None:

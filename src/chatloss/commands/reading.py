@@ -85,8 +85,9 @@ def _page_findings(shown: list[Encoded]) -> list[dict[str, Any]]:
         where = one.conversation.source if one.conversation else ""
         for problem in one.encoding.problems:
             severity = "error" if problem.fatal else "warning"
+            example = f"{where} messages[{problem.message}]" if problem.message >= 0 else where
             first = {"severity": severity, "cause": f"{problem.cause.replace('_', ' ')}: {problem.detail}", "count": 0,
-                     "example": f"{where} messages[{problem.message}]", "remedy": problem.remedy, "rows": []}
+                     "example": example, "remedy": problem.remedy, "rows": []}
             finding = found.setdefault(problem.cause, first)
             finding["count"] += 1
             finding["rows"].append(where)
