@@ -15,6 +15,7 @@ import sys
 import tempfile
 import types
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -110,18 +111,31 @@ class _Finder:
         pass
 
 
-@cache
-def _stand_ins() -> None:
-    sys.meta_path.append(_Finder())  # type: ignore[arg-type]
+@contextmanager
+def _stand_ins() -> Iterator[None]:
+    """Empty modules for `BESIDE` as long as a tool's rows are being made."""
+    from transformers.utils import import_utils
+
+    for name in ("av", "librosa", "soundfile", "torchaudio", "vision"):  # remembered, so that nobody is misled later
+        getattr(import_utils, f"is_{name}_available", bool)()
+    finder = _Finder()
+    sys.meta_path.append(finder)  # type: ignore[arg-type]
     quiet = logging.getLogger("modelscope")
     quiet.addHandler(logging.NullHandler())
-    module = _Absent("modelscope.utils.logger")
+    module = sys.modules["modelscope.utils.logger"] = _Absent("modelscope.utils.logger")
     module.__dict__["get_logger"] = lambda *_, **__: quiet
-    sys.modules["modelscope.utils.logger"] = module
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)  # type: ignore[arg-type]
+        for name in [name for name, module in sys.modules.items() if isinstance(module, _Absent)]:
+            del sys.modules[name]
 
 
 def _package(name: str, path: Path) -> None:
     """A package of which only the modules asked for are run: its own `__init__` imports the whole tool."""
+    if name in sys.modules:
+        return
     module = types.ModuleType(name)
     module.__path__ = [str(path)]
     sys.modules[name] = module
@@ -179,22 +193,22 @@ def transformers_mask(tokenizer: Any, name: str, chats: Sequence[Chat]) -> Itera
 
 def axolotl(tokenizer: Any, name: str, chats: Sequence[Chat]) -> Iterator[Row | str]:
     """Its `chat_template` strategy with the defaults of its loader and the tokenizer's own template."""
-    _stand_ins()
-    sys.path.append(str(source("addict")))
-    root = source("axolotl") / "axolotl"
-    _package("axolotl", root)
-    _package("axolotl.prompt_strategies", root / "prompt_strategies")
-    module = importlib.import_module("axolotl.prompt_strategies.chat_template")
-    prompter = module.ChatTemplatePrompter(tokenizer, tokenizer.chat_template, max_length=100_000)
-    strategy = module.ChatTemplateStrategy(
-        prompter, tokenizer, False, 100_000, roles_to_train=["assistant"], train_on_eos="turn"
-    )
+    with _stand_ins():
+        sys.path.append(str(source("addict")))
+        root = source("axolotl") / "axolotl"
+        _package("axolotl", root)
+        _package("axolotl.prompt_strategies", root / "prompt_strategies")
+        module = importlib.import_module("axolotl.prompt_strategies.chat_template")
+        prompter = module.ChatTemplatePrompter(tokenizer, tokenizer.chat_template, max_length=100_000)
+        strategy = module.ChatTemplateStrategy(
+            prompter, tokenizer, False, 100_000, roles_to_train=["assistant"], train_on_eos="turn"
+        )
 
-    def make(chat: Chat) -> Row:
-        made = strategy.tokenize_prompt({"messages": chat.messages, "tools": chat.tools})
-        return {"input_ids": made["input_ids"], "labels": made["labels"]}
+        def make(chat: Chat) -> Row:
+            made = strategy.tokenize_prompt({"messages": chat.messages, "tools": chat.tools})
+            return {"input_ids": made["input_ids"], "labels": made["labels"]}
 
-    return each(chats, make)
+        yield from each(chats, make)
 
 
 LLAMAFACTORY_NAMES = {"qwen3": "qwen3", "llama3": "llama3", "gpt-oss": "gpt_oss", "mistral-v3": "mistral"}
@@ -202,23 +216,23 @@ LLAMAFACTORY_NAMES = {"qwen3": "qwen3", "llama3": "llama3", "gpt-oss": "gpt_oss"
 
 def llamafactory(tokenizer: Any, name: str, chats: Sequence[Chat]) -> Iterator[Row | str]:
     """Its converter and supervised processor, with the template of this family."""
-    _stand_ins()
-    root = next(source("llamafactory").glob("*/src/llamafactory"))
-    for package in ("", ".data", ".extras", ".data.processor", ".hparams"):
-        _package(f"llamafactory{package}", root / package.replace(".", "/").strip("/"))
-    template = importlib.import_module("llamafactory.data.template").TEMPLATES[LLAMAFACTORY_NAMES[name]]
-    processor = importlib.import_module("llamafactory.data.processor.supervised").SupervisedDatasetProcessor(
-        template, tokenizer, None, types.SimpleNamespace(mask_history=False, train_on_prompt=False, cutoff_len=100_000)
-    )
-    roles = {"human": "user", "gpt": "assistant", "function_call": "function", "observation": "observation"}
+    with _stand_ins():
+        root = next(source("llamafactory").glob("*/src/llamafactory"))
+        for package in ("", ".data", ".extras", ".data.processor", ".hparams"):
+            _package(f"llamafactory{package}", root / package.replace(".", "/").strip("/"))
+        template = importlib.import_module("llamafactory.data.template").TEMPLATES[LLAMAFACTORY_NAMES[name]]
+        options = types.SimpleNamespace(mask_history=False, train_on_prompt=False, cutoff_len=100_000)
+        module = importlib.import_module("llamafactory.data.processor.supervised")
+        processor = module.SupervisedDatasetProcessor(template, tokenizer, None, options)
+        roles = {"human": "user", "gpt": "assistant", "function_call": "function", "observation": "observation"}
 
-    def make(chat: Chat) -> Row:
-        turns = [{"role": roles[t["from"]], "content": t["value"]} for t in chat.sharegpt["conversations"]]
-        tools = chat.sharegpt.get("tools") or ""
-        ids, labels = processor._encode_data_example(turns[:-1], turns[-1:], "", tools, [], [], [])
-        return {"input_ids": ids, "labels": labels}
+        def make(chat: Chat) -> Row:
+            turns = [{"role": roles[t["from"]], "content": t["value"]} for t in chat.sharegpt["conversations"]]
+            tools = chat.sharegpt.get("tools") or ""
+            ids, labels = processor._encode_data_example(turns[:-1], turns[-1:], "", tools, [], [], [])
+            return {"input_ids": ids, "labels": labels}
 
-    return each(chats, make)
+        yield from each(chats, make)
 
 
 SWIFT_NAMES = {"qwen3": "qwen3", "llama3": "llama3_2", "gpt-oss": "gpt_oss"}
@@ -226,19 +240,19 @@ SWIFT_NAMES = {"qwen3": "qwen3", "llama3": "llama3_2", "gpt-oss": "gpt_oss"}
 
 def swift(tokenizer: Any, name: str, chats: Sequence[Chat]) -> Iterator[Row | str]:
     """Its own template of this family, in training mode with `loss_scale default`."""
-    _stand_ins()
-    _package("swift", source("ms-swift") / "swift")
-    module = importlib.import_module("swift.template")
-    info = types.SimpleNamespace(config=None, task_type="causal_lm", max_model_len=100_000)
-    tokenizer.model_info, tokenizer.model_meta = info, types.SimpleNamespace(is_multimodal=False)
-    template = module.get_template(tokenizer, template_type=SWIFT_NAMES[name])
-    template.set_mode("train")
+    with _stand_ins():
+        _package("swift", source("ms-swift") / "swift")
+        module = importlib.import_module("swift.template")
+        info = types.SimpleNamespace(config=None, task_type="causal_lm", max_model_len=100_000)
+        tokenizer.model_info, tokenizer.model_meta = info, types.SimpleNamespace(is_multimodal=False)
+        template = module.get_template(tokenizer, template_type=SWIFT_NAMES[name])
+        template.set_mode("train")
 
-    def make(chat: Chat) -> Row:
-        made = template.encode({"messages": _swift_messages(chat.messages), "tools": chat.tools})
-        return {"input_ids": made["input_ids"], "labels": made["labels"]}
+        def make(chat: Chat) -> Row:
+            made = template.encode({"messages": _swift_messages(chat.messages), "tools": chat.tools})
+            return {"input_ids": made["input_ids"], "labels": made["labels"]}
 
-    return each(chats, make)
+        yield from each(chats, make)
 
 
 def _swift_messages(messages: Sequence[Row]) -> list[Row]:

@@ -433,6 +433,19 @@ def test_the_command_writes_a_page_with_both_masks(demo_rows: Path, tmp_path: Pa
     assert '"peer":"labels"' in page and "stop untrained" in page
 
 
+def test_a_tokenizer_without_a_template_is_enough_for_what_does_not_depend_on_messages(
+    demo_rows: Path, tmp_path: Path
+) -> None:
+    for path in tokenizer_directory().iterdir():
+        if path.suffix == ".json":
+            config = json.loads(path.read_text("utf-8"))
+            config.pop("chat_template", None)
+            (tmp_path / path.name).write_text(json.dumps(config))
+    result = CliRunner().invoke(cli, ["check", "--labels", str(demo_rows), "--tokenizer", str(tmp_path), "--json"])
+    told = [finding["cause"] for finding in json.loads(result.stdout)["findings"]]
+    assert told == ["stop_untrained", "no_template"]
+
+
 @pytest.mark.parametrize("arguments", [["data.jsonl", "--labels", "x"], ["data.jsonl", "--chats", "x"], []])
 def test_what_does_not_go_together_is_a_usage_error(arguments: list[str]) -> None:
     result = command(*arguments)

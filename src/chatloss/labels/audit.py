@@ -136,6 +136,9 @@ class _Audit:
         self.trained += np.bincount(document.kinds[trained], minlength=len(Kind))
         known = len(self.seen)
         for found in examine(document, trained, self.stops, first=first):
+            if found.cause == "unrecognised" and not self.reconstructor.structure.openers:
+                self.hit("no_template", source)
+                continue
             self.hit(found.cause, source, _shown(document, found))
         expected = self.beside(document, trained, source)
         if self.bos >= 0 and ids[:2].tolist() == [self.bos] * 2:

@@ -27,6 +27,8 @@ LABEL_CAUSES: Mapping[str, Cause] = {
                                 "assistant_only_loss, completion_only_loss, train_on_inputs: false"),
     "unrecognised": Cause("warning", "document", "no header of an answer in it, as this template writes them",
                           "--chat-template: the template that made the rows"),
+    "no_template": Cause("info", "document", "without a chat template nothing can be told of messages",
+                         "--chat-template: the template that made the rows"),
     # Shifts
     "labels_shifted": Cause("error", "row", "labels[t] is the id at t + 1: they are shifted already",
                             "do not shift them: a causal-LM loss of transformers shifts labels itself, so these would "

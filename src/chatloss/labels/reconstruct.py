@@ -53,7 +53,7 @@ class Kind(IntEnum):
 
 
 _LABELS = {
-    Kind.START: "before the first message", Kind.STRUCTURE: "headers of other roles",
+    Kind.START: "outside messages", Kind.STRUCTURE: "headers of other roles",
     Kind.SYSTEM: "system text", Kind.USER: "user text", Kind.TOOL: "tool results",
     Kind.HEADER: "headers of answers", Kind.SUPPLIED: "rest of the prompt",
     Kind.EMPTY_THINK: "empty reasoning blocks", Kind.REASONING: "reasoning", Kind.ANSWER: "answers and calls",
