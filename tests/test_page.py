@@ -169,9 +169,9 @@ def test_the_usual_reductions_are_shown_unless_others_are_given() -> None:
 def test_every_turn_that_is_trained_nowhere_is_listed_or_counted() -> None:
     rows = [chat([7], untrained={3: "truncated"}), chat([8], untrained={3: "truncated"}), chat([7], "")]
     more = {"a.jsonl:1": {9: "altered"}, "a.jsonl:7": {i: "switched_off" if i else "split" for i in range(2001)}}
-    said = data_of(page(rows, untrained=more))["untrained"]
-    assert said["counts"] == [["switched_off", 2000], ["unlawful", 1], ["truncated", 1]]
-    assert said["list"] == [["a.jsonl:7", 0, "unlawful", -1], ["a.jsonl:1", 3, "truncated", 0]]
+    said = data_of(page(rows, untrained=more, roles={"a.jsonl:7": ROLES}))["untrained"]
+    assert said["counts"] == [["switched_off", 2000], ["truncated", 1], ["unlawful", 1]]
+    assert said["list"] == [["a.jsonl:1", 3, "truncated", 0, ""], ["a.jsonl:7", 0, "unlawful", -1, "user"]]
 
 
 @pytest.mark.parametrize("command", ["view", "check"])

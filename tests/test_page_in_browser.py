@@ -263,8 +263,8 @@ def test_what_is_trained_nowhere_and_what_was_rejected_is_listed(opened: Any) ->
     cells = [[cell.text for cell in row.find_elements(By.TAG_NAME, "td")]
              for row in nowhere.find_elements(By.CSS_SELECTOR, "table:last-of-type tbody tr")]
     assert cells == [
-        ["a.jsonl:4", "#1", "altered", "no row"], ["a.jsonl:1", "#3 assistant", "truncated", "row 1"],
-        ["a.jsonl:2", "#1 assistant", "unlawful", "row 2"],
+        ["a.jsonl:1", "#3 assistant", "truncated", "row 1"], ["a.jsonl:4", "#1", "altered", "no row"],
+        ["a.jsonl:2", "#1", "unlawful", "row 2"],
     ]
     assert nowhere.find_element(By.TAG_NAME, "summary").text == "Turns trained nowhere4"
     assert "1 switched off" in nowhere.text.replace("\n", " ")

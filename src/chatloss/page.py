@@ -83,7 +83,7 @@ def page(
         "outcomes": OUTCOMES,
         "summary": [[_text(name), _text(value)] for name, value in (summary or {}).items()],
         "findings": [_finding(finding, by_source) for finding in findings],
-        "untrained": _untrained(rows, by_source, untrained or {}),
+        "untrained": _untrained(rows, by_source, untrained or {}, roles or {}),
         "rejects": _rejects(list(rejects)),
         "sections": [
             {
@@ -220,14 +220,17 @@ def _why(untrained: Mapping[int, str]) -> dict[int, str]:
 
 def _untrained(
     rows: Sequence[Sample], by_source: Mapping[str, Sequence[int]], more: Mapping[str, Mapping[int, str]],
+    roles: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
     """Turns that are trained nowhere, counted by cause; those the user switched off are counted only."""
-    said = {source: rows[places[0]].untrained for source, places in by_source.items() if source}
-    found = [(source, -1, turns) for source, turns in more.items() if source not in said]
-    found += [(source, by_source[source][0], turns) for source, turns in said.items()]
+    said = {**more, **{source: rows[places[0]].untrained for source, places in by_source.items() if source}}
+    found = [(source, by_source[source][0] if source in by_source else -1, turns) for source, turns in said.items()]
     found += [("", i, rows[i].untrained) for i in by_source.get("", ())]
-    turns = [[_text(source), turn, why, i] for source, i, turns in found for turn, why in sorted(_why(turns).items())]
-    counts = Counter(str(why) for _, _, why, _ in turns)
+    turns = [
+        [_text(source), turn, why, i, _text(roles[source][turn]) if turn < len(roles.get(source, ())) else ""]
+        for source, i, untrained in found for turn, why in sorted(_why(untrained).items())
+    ]
+    counts = Counter(str(turn[2]) for turn in turns)
     listed = [turn for turn in turns if turn[2] != "switched_off"]
     return {"counts": counts.most_common(), "total": len(listed), "list": listed[:_LISTED]}
 

@@ -50,8 +50,8 @@ function untrained() {
   if (!counts.length) return;
   const cause = ([why, n]) => el("tr", {}, el("td", { class: "num" }, count(n)),
     el("td", { class: FINE.includes(why) ? "" : "odd" }, words(why)), el("td", {}, D.outcomes[why] || ""));
-  const turn = ([source, message, why, row]) => el("tr", {}, show(el("td"), source),
-    el("td", {}, `#${message} ${row < 0 ? "" : roleOf(rows[row], message)}`), el("td", {}, words(why)),
+  const turn = ([source, message, why, row, role]) => el("tr", {}, show(el("td"), source),
+    show(el("td", {}, `#${message} `), role), el("td", {}, words(why)),
     el("td", {}, row < 0 ? "no row" : el("a", { href: `#row-${row + 1}` }, `row ${row + 1}`)));
   panel("Turns trained nowhere", counts.reduce((sum, [, n]) => sum + n, 0), false,
     el("table", { class: "fit" }, el("tbody", {}, ...counts.map(cause))),
