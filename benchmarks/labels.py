@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
-import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,7 +85,7 @@ def table(results: list[Result]) -> str:
 
 
 def _cells(result: Result) -> tuple[str, str, str]:
-    refused = f"refuses {result.refused} chats: {result.refusal[:90].rstrip()}" if result.refused else ""
+    refused = f"refuses {result.refused} chats: {result.refusal[:90].rstrip().replace('|', '/')}" if result.refused else ""
     if result.report is None:
         return "0", "", refused
     report, shown = result.report, []
@@ -130,8 +129,8 @@ def main() -> None:
         return
     write_csv(found, DOCS / "labels.csv")
     page = DOCS / "labels.md"
-    marked = re.compile(r"(?<=<!-- tables -->\n\n).*?(?=\n\n<!-- end -->)", re.DOTALL)
-    page.write_text(marked.sub(lambda _: text, page.read_text("utf-8")), encoding="utf-8")
+    head, _, rest = page.read_text("utf-8").partition("<!-- tables -->\n")
+    page.write_text(f"{head}<!-- tables -->\n\n{text}\n\n<!-- end -->{rest.partition('<!-- end -->')[2]}", "utf-8")
 
 
 if __name__ == "__main__":

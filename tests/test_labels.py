@@ -315,6 +315,15 @@ def test_tool_and_system_text_and_padding_are_told_apart() -> None:
     assert set(causes(audited("llama3", [padded]))) == {"padding_trained"}
 
 
+def test_padding_is_told_from_the_pad_token_where_nothing_says_so() -> None:
+    pad = encoder_of("qwen2.5").tokens.ids_of("<|endoftext|>")
+    sample = samples("qwen2.5")[-1]
+    for left, right, told in ((0, 3, set()), (3, 0, set()), (0, 2, {"padding_trained"})):
+        ids = np.array(pad * left + sample.input_ids.tolist() + pad * right)
+        labels = np.array([-100] * left + sample.labels.tolist() + (pad if told else [-100]) * right)
+        assert set(causes(audited("qwen2.5", [{"input_ids": ids, "labels": labels}]))) == told
+
+
 def packed(*rows: Row, **layout: Any) -> Row:
     joined = {name: np.concatenate([row[name] for row in rows]) for name in ("input_ids", "labels")}
     return {**joined, **layout}

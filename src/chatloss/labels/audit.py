@@ -73,13 +73,12 @@ class _Audit:
         tokens = encoder.loaded.tokens
         control = getattr(tokens, "added", tokens.special)
         structure = Structure.of(encoder)
-        self.reconstructor = Reconstructor(structure, encoder.decode, list(control.values()))
+        self.reconstructor = Reconstructor(structure, encoder.decode, control.values())
         self.stops = frozenset(tokens.ids_of(text)[-1] for text in encoder.engine_stops)
-        bos = encoder.loaded.special_tokens.get("bos_token", "")
-        ids = tokens.ids_of(bos) if bos else []
+        self.pad, bos = self.special("pad_token"), self.special("bos_token")
+        text = encoder.loaded.special_tokens.get("bos_token", "")
         # Some models begin every message with it.
-        inside = any(bos in opener.text for opener in structure.openers)
-        self.bos = ids[0] if len(ids) == 1 and not inside else -1
+        self.bos = -1 if any(text in opener.text for opener in structure.openers) else bos
         self.seen: dict[str, Seen] = {}
         self.n: Counter[str] = Counter()
         self.columns: Counter[str] = Counter()
@@ -88,6 +87,12 @@ class _Audit:
         self.samples: list[Sample] = []
         self.weights: dict[int, npt.NDArray[np.float32]] = {}
         self.roles: dict[str, tuple[str, ...]] = {}
+
+    def special(self, name: str) -> int:
+        """The id of a special token, -1 where the tokenizer has none or cuts it."""
+        text = self.encoder.loaded.special_tokens.get(name, "")
+        ids = self.encoder.loaded.tokens.ids_of(text) if text else []
+        return ids[0] if len(ids) == 1 else -1
 
     def hit(self, cause: str, source: str, detail: str = "", remedy: str = "") -> None:
         if cause not in self.seen:
@@ -106,11 +111,12 @@ class _Audit:
             text = self.encoder.decode(row.ids[max(0, at - 6) : at + 3].tolist())
             self.hit("label_differs", row.source, f"token {at}, and {len(row.odd) - 1} more: {text}")
         self.bounds(row)
+        padding = row.padding if row.padding.any() else self.padding(row.ids)
         ends = [*row.starts[1:].tolist(), len(row.ids)]
         for k, (start, end) in enumerate(zip(row.starts.tolist(), ends, strict=True)):
             if end > start:
                 source = row.source if len(row.starts) == 1 else f"{row.source} document {k + 1}"
-                self.document(row, start, end, source, k == 0)
+                self.document(row.ids[start:end], row.weights[start:end], padding[start:end], source, k == 0)
 
     def bounds(self, row: LabelRow) -> None:
         """Beginnings of documents that nothing announces."""
@@ -123,9 +129,21 @@ class _Audit:
             text = self.encoder.decode(row.ids[max(0, at - 6) : at + 6].tolist())
             self.hit("positions_run_on" if row.said else "several_documents", row.source, f"token {at}: {text}")
 
-    def document(self, row: LabelRow, start: int, end: int, source: str, first: bool) -> None:
-        ids, weights = row.ids[start:end], row.weights[start:end]
-        document = self.reconstructor.document(ids, row.padding[start:end])
+    def padding(self, ids: npt.NDArray[np.int32]) -> Mask:
+        """The pad tokens at both ends of a row that does not say what is padding, but for one that ends a turn."""
+        other = np.flatnonzero(ids != self.pad)
+        padding = np.zeros(len(ids), np.bool_)
+        if self.pad < 0 or not len(other):
+            return padding
+        last = int(other[-1])
+        kept = self.pad in self.stops and int(ids[last]) not in self.stops
+        padding[: other[0]] = padding[last + 1 + kept :] = True
+        return padding
+
+    def document(
+        self, ids: npt.NDArray[np.int32], weights: npt.NDArray[np.float32], padding: Mask, source: str, first: bool
+    ) -> None:
+        document = self.reconstructor.document(ids, padding)
         trained = weights != 0
         self.n["documents"] += 1
         self.n["tokens"] += len(ids)

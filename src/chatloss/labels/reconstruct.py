@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -120,12 +120,12 @@ class _Event:
 class Reconstructor:
     """Takes the documents of one tokenizer and template apart."""
 
-    def __init__(self, structure: Structure, decode: Decode, special: Sequence[int] = ()) -> None:
+    def __init__(self, structure: Structure, decode: Decode, special: Iterable[int] = ()) -> None:
         """`special`: ids of control tokens; a header that is typed out in ordinary tokens is text, and no header."""
         self.structure = structure
         self._pieces = Pieces(decode)
         self._lengths: dict[int, int] = {}
-        self._special = np.asarray(sorted(special), np.int64)
+        self._special = frozenset(special)
 
     def document(self, ids: npt.NDArray[np.int32], padding: npt.NDArray[np.bool_] | None = None) -> Document:
         """A document's ids [n] taken apart; `padding` [n] marks what belongs to nobody."""
@@ -166,8 +166,7 @@ class Reconstructor:
         sizes = np.zeros(len(ids), np.int64)
         for start, _, piece in self._pieces.cut(listed):
             sizes[start] = len(piece)
-        ends = np.cumsum(sizes)
-        return text, ends
+        return text, np.cumsum(sizes)
 
     def _length(self, token: int) -> int:
         if token not in self._lengths:
@@ -178,28 +177,26 @@ class Reconstructor:
     # -- messages --------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _pattern(self) -> re.Pattern[str] | None:
-        forms: list[tuple[str, str]] = [(opener.text, f"a{i}") for i, opener in enumerate(self.structure.openers)]
-        forms += [(text, role) for role, texts in self.structure.headers.items() for text in texts]
-        forms.sort(key=lambda form: -len(form[0]))
-        parts, used = [], set()
-        for text, name in forms:
-            core = text.rstrip()
-            if core and core not in used:
-                used.add(core)
-                parts.append(f"(?P<{name}>{_literal(core)}{_optional(text[len(core):])})")
-        return re.compile("|".join(parts)) if parts else None
+    def _forms(self) -> list[tuple[str, str, Opener | None]]:
+        """(header, role, opener) of every role, the longest first; of two that are equal the answer's."""
+        forms: list[tuple[str, str, Opener | None]] = [(o.text, "assistant", o) for o in self.structure.openers]
+        forms += [(text, role, None) for role, texts in self.structure.headers.items() for text in texts]
+        kept = {form[0].rstrip(): form for form in reversed(forms) if form[0].strip()}
+        return sorted(kept.values(), key=lambda form: -len(form[0]))
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        cores = [(text, text.rstrip()) for text, _, _ in self._forms]
+        parts = [f"({_literal(core)}{_optional(text[len(core) :])})" for text, core in cores]
+        return re.compile("|".join(parts) or r"(?!)")
 
     def _events(self, text: str, ids: npt.NDArray[np.int32], ends: Ints) -> Iterator[_Event]:
-        if self._pattern is None:
-            return
         for match in self._pattern.finditer(text):
-            name = match.lastgroup or ""
             token = int(np.searchsorted(ends, match.start(), side="right"))
-            if match[0][0] in "<[" and len(self._special) and not np.isin(ids[token], self._special):
+            if match[0][0] in "<[" and self._special and int(ids[token]) not in self._special:
                 continue
-            opener = self.structure.openers[int(name[1:])] if re.fullmatch(r"a\d+", name) else None
-            yield _Event(match.start(), match.end(), "assistant" if opener else name, opener)
+            _, role, opener = self._forms[(match.lastindex or 1) - 1]
+            yield _Event(match.start(), match.end(), role, opener)
 
     def _merged(self, events: list[_Event], text: str) -> list[_Event]:
         """Without the headers that stand inside a turn: gpt-oss writes one for each channel."""
