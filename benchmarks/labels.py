@@ -85,7 +85,8 @@ def table(results: list[Result]) -> str:
 
 
 def _cells(result: Result) -> tuple[str, str, str]:
-    refused = f"refuses {result.refused} chats: {result.refusal[:90].rstrip().replace('|', '/')}" if result.refused else ""
+    words = result.refusal[:90].rstrip().replace("|", "/")
+    refused = f"refuses {result.refused} chats: {words}" if result.refused else ""
     if result.report is None:
         return "0", "", refused
     report, shown = result.report, []
