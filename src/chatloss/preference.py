@@ -51,8 +51,8 @@ class NLLTerm:
 def _all_weighed(row: Sample) -> Sample:
     """The row with weight 1 on everything up to its last trained token."""
     end = int(np.flatnonzero(row.weights)[-1]) + 1
-    spans = (Span(0, end, 0, 1.0, Reason.CONTENT),)
-    return Sample(row.input_ids[:end], spans, row.outcomes, row.source)
+    rest = [Span(end, len(row), -1, 0.0, Reason.SCAFFOLD)] if end < len(row) else []
+    return Sample(row.input_ids, (Span(0, end, 0, 1.0, Reason.CONTENT), *rest), row.outcomes, row.source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ class Paired:
             loss = self.loss.function(logps, self.options).sum() / len(examples)
             if self.nll is not None:
                 for row, w in zip(pair.chosen.rows, self.nll.of(pair.chosen).weights, strict=True):
-                    nll = full_nll(model, row)[: len(w) - 1]
+                    nll = full_nll(model, row)
                     loss = loss + self.nll.coefficient * (nll @ torch.from_numpy(w[1:]).to(nll)) / z
             loss.backward()  # type: ignore[no-untyped-call]
 
