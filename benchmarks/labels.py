@@ -20,7 +20,7 @@ from tests import assets, conformance
 from benchmarks.labels_peers import TOOLS, Chat, transformers_tokenizer
 from chatloss.chat import Conversation
 from chatloss.encode import ChatEncoder, Encoding
-from chatloss.labels.audit import check_labels
+from chatloss.labels import check_labels
 from chatloss.labels.report import LabelsReport
 from chatloss.reader import read
 

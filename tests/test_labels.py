@@ -22,7 +22,7 @@ from chatloss.cli import cli
 from chatloss.demo import chats_file, tokenizer_directory
 from chatloss.encode import ChatEncoder
 from chatloss.errors import DataError
-from chatloss.labels.audit import check_labels
+from chatloss.labels import check_labels
 from chatloss.labels.difference import DIFFERENCE_CAUSES
 from chatloss.labels.findings import LABEL_CAUSES
 from chatloss.labels.reconstruct import Document, Kind, Reconstructor
@@ -341,6 +341,18 @@ def test_packs_are_audited_document_by_document() -> None:
     assert causes(audited("llama3", [bare])) == {"first_token": 1}
     report = audited("llama3", [packed(row, bare, seq_lengths=[size, size])])
     assert report["cross_document"].example == "<list>:1 document 2"
+
+
+def test_a_pack_that_cuts_chats_apart_is_told() -> None:
+    encoder, (messages, _) = encoder_of("qwen2.5"), conformance.SHAPES["system"]
+    text = encoder.template.render(messages)
+    ids = encoder.tokens.encode(text + text).ids
+    document = reconstructor_of("qwen2.5").document(ids)
+    mask = np.array(reasons_of(document))
+    assert causes(audited("qwen2.5", [{"input_ids": ids, "loss_mask": mask}])) == {"several_documents": 1}
+    cut = document.turns[0].answer + 2
+    row = {"input_ids": ids[cut : len(ids) // 2], "loss_mask": mask[cut : len(ids) // 2]}
+    assert set(causes(audited("qwen2.5", [row]))) == {"cut_row", "first_token"}
 
 
 def test_rows_of_another_template_are_told_and_stops_still_looked_at() -> None:

@@ -20,8 +20,7 @@ def audit_labels(
     source: Source, labels: tuple[str, ...], chats: tuple[str, ...], html: str | None, as_json: bool, strict: bool
 ) -> NoReturn:
     """Print the audit, write the page, and exit with what was found."""
-    from chatloss.labels.audit import check_labels
-    from chatloss.labels.rows import read_labels
+    from chatloss.labels import check_labels, read_labels
 
     if source.data:
         raise UsageError("DATA and --labels do not go together", hint="give the chats of these rows with --chats")

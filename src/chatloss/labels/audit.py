@@ -116,7 +116,7 @@ class _Audit:
         for k, (start, end) in enumerate(zip(row.starts.tolist(), ends, strict=True)):
             if end > start:
                 source = row.source if len(row.starts) == 1 else f"{row.source} document {k + 1}"
-                self.document(row.ids[start:end], row.weights[start:end], padding[start:end], source, k == 0)
+                self.document(row.ids[start:end], row.weights[start:end], padding[start:end], source, row.said, k == 0)
 
     def bounds(self, row: LabelRow) -> None:
         """Beginnings of documents that nothing announces."""
@@ -141,7 +141,8 @@ class _Audit:
         return padding
 
     def document(
-        self, ids: npt.NDArray[np.int32], weights: npt.NDArray[np.float32], padding: Mask, source: str, first: bool
+        self, ids: npt.NDArray[np.int32], weights: npt.NDArray[np.float32], padding: Mask, source: str, said: bool,
+        first: bool,
     ) -> None:
         document = self.reconstructor.document(ids, padding)
         trained = weights != 0
@@ -158,6 +159,8 @@ class _Audit:
                 self.hit("no_template", source)
                 continue
             self.hit(found.cause, source, _shown(document, found))
+        if self.bos < 0 and not said and _begins_anew(document.roles):
+            self.hit("several_documents", source, "a system message behind an answer")
         expected = self.beside(document, trained, source)
         if self.bos >= 0 and ids[:2].tolist() == [self.bos] * 2:
             self.hit("double_bos", source, window(document, LabelHit("double_bos", 0, 2)))
@@ -234,6 +237,11 @@ _CAUSES = {
     "rejected_length": Cause("error", "input row", "lists of one row that differ in length", ""),
     "rejected_ids": Cause("error", "input row", "ids that this tokenizer does not have", ""),
 }
+
+
+def _begins_anew(roles: tuple[str, ...]) -> bool:
+    """Whether a system message stands behind an answer."""
+    return "system" in roles[roles.index("assistant") :] if "assistant" in roles else False
 
 
 def _shown(document: Document, hit: LabelHit) -> str:

@@ -93,6 +93,8 @@ LABEL_CAUSES: Mapping[str, Cause] = {
                                "write position_ids that begin anew at 0, or seq_lengths"),
     "positions_run_on": Cause("error", "row", "position_ids run on over the beginning of another document",
                               "begin them anew at 0: attention reaches across documents"),
+    "cut_row": Cause("warning", "row", "the row begins in the middle of a message, whose beginning is in no context",
+                     "pack whole documents (bfd in TRL, not wrapped)"),
     "double_bos": Cause("warning", "document", "it begins with BOS twice",
                         "tokenize rendered chats with add_special_tokens=False"),
 }
@@ -131,6 +133,8 @@ def examine(document: Document, trained: Mask, stops: frozenset[int] = frozenset
         yield LabelHit("unrecognised", 0, min(n, 8))
         yield from _bare_stops(document, trained, stops)
         return
+    if document.messages[0] < 0 and kinds[0] in (Kind.ANSWER, Kind.USER):
+        yield LabelHit("cut_row", 0, 1)
     on = [turn for turn in document.turns if trained[turn.answer : turn.end].any()]
     for turn in on:
         yield from of_turn(document, turn, trained)

@@ -133,8 +133,8 @@ class Reconstructor:
         events = self._merged(list(self._events(text, ids, ends)), text)
         marks: list[tuple[int, Kind, int]] = [(0, Kind.START, -1)]
         turns: list[TurnPlace] = []
-        if events and (self.structure.headers.get("system") or text[: events[0].start].strip()):
-            self._opening(text, events[0].start, marks)
+        if events and text[: events[0].start].strip():
+            self._opening(text, events[0], marks)
         for i, event in enumerate(events):
             border = events[i + 1].start if i + 1 < len(events) else len(text)
             if event.role == "assistant":
@@ -271,13 +271,23 @@ class Reconstructor:
                     marks.append((border - len(form), Kind.STRUCTURE, index))
                     return
 
-    def _opening(self, text: str, border: int, marks: list[tuple[int, Kind, int]]) -> None:
-        """What stands before the first header: BOS, and perhaps a default system text."""
-        head = re.compile(r"\s*(?:<[^<>\s]*>|\[[A-Z_]+\])*").match(text, 0, border)
-        if head and text[head.end() : border].strip():
-            marks.append((head.end(), Kind.SYSTEM, -1))
+    def _opening(self, text: str, event: _Event, marks: list[tuple[int, Kind, int]]) -> None:
+        """What stands before the first header: BOS and a default system text, or the rest of a message cut apart."""
+        head = _HEAD.match(text, 0, event.start)
+        start = head.end() if head else 0
+        last = len(text[: event.start].rstrip())
+        stop = next((stop for stop in self.structure.stops if text.endswith(stop, start, last)), "")
+        if start >= last:
+            return
+        if start or (event.role != "assistant" and not stop):
+            marks.append((start, Kind.SYSTEM, -1))
+        elif event.role == "assistant":
+            marks.append((0, Kind.USER, -1))
+        else:
+            marks += [(0, Kind.ANSWER, -1), (last - len(stop), Kind.STOP, -1), (last, Kind.AFTER_STOP, -1)]
 
 
+_HEAD = re.compile(r"(?:\s*(?:<[^<>\s]*>|\[[A-Z_]+\]))*")
 _EMPTY_THINK = re.compile(r"\s*([<\[][^<>\[\]]{1,48}[>\]])\s*[<\[]/[^<>\[\]]{1,48}[>\]]\s*")
 _CLOSE = re.compile(r"[<\[]/[^<>\[\]]*(?:think|thought|reason)[^<>\[\]]*[>\]]\s*")
 _THINK = re.compile(rf"\s*([<\[][^<>\[\]]{{1,48}}[>\]]).*?{_CLOSE.pattern}", re.DOTALL)
