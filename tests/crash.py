@@ -70,13 +70,25 @@ def _train(output: Path, rank: int, ranks: int, port: int, kill_at: int, changes
 
         setattr(owner, name, watched)
 
-    for owner, name in ((Path, "rename"), (Path, "mkdir"), (shutil, "rmtree"), (checkpoint, "_flush"),
-                        (checkpoint, "_save_tensors"), (log.Logger, "write"), (torch.optim.AdamW, "step")):
+    for owner, name in ((Path, "rename"), (Path, "replace"), (Path, "mkdir"), (shutil, "rmtree"),
+                        (checkpoint, "_flush"), (checkpoint, "_save_tensors"), (log.Logger, "write"),
+                        (torch.optim.AdamW, "step")):
         watch(owner, name)
+    if changes.get("objective", "sft") != "sft":
+        changes = {"loss": {}, **changes}
     recipe = Recipe.from_dict({**RECIPE, "model": {**FAMILIES["llama"], "attention_dropout": 0.1},
                                "output": str(output), **changes})
-    train(recipe, chats(10), chats(3, seed=9), tokenizer_files=tokenizer_files, decode=decode, quiet=True)
+    examples, held_out = (chats(10), chats(3, seed=9)) if recipe.objective == "sft" else _pairs(recipe.objective)
+    train(recipe, examples, held_out, tokenizer_files=tokenizer_files, decode=decode, quiet=True)
     (output / f"events.{rank}").write_text(str(events))
+
+
+def _pairs(objective: str) -> tuple[Any, Any]:
+    from tests.synthetic_pairs import judged, pairs
+
+    if objective == "kto":
+        return judged(5, references=False), judged(2, seed=9, references=False)
+    return pairs(10, references=False), pairs(3, seed=9, references=False)
 
 
 def outcome(output: Path) -> tuple[bytes, list[dict[str, Any]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from chatloss import checkpoint, references
-from chatloss.answers import answer_documents, document_logps, plain_logp
+from chatloss.answers import answer_documents, document_logps
 from chatloss.batch import Layout, MicroBatch
 from chatloss.config import Recipe
 from chatloss.errors import RecipeError
@@ -23,15 +24,17 @@ from chatloss.loss.model import TokenLoss
 from chatloss.loss.preference import LOSSES
 from chatloss.models import PureFloat64
 from chatloss.objectives import objective_of
-from chatloss.pairs import Answer, Judged, Pair, mismatched
+from chatloss.pairs import Answer, Pair
 from chatloss.parallel import World
 from chatloss.references import cached_logps, fingerprint_of
-from chatloss.sample import Reason, Sample
+from chatloss.sample import Sample
 from chatloss.step import gradient
 from chatloss.trainer import TrainResult, train
 from chatloss.verify import verify
+from tests import crash
 from tests.ranks import on_ranks
-from tests.synthetic import FAMILIES, VOCAB, decode, row, tokenizer_files
+from tests.synthetic import FAMILIES, VOCAB, decode, tokenizer_files
+from tests.synthetic_pairs import answer, judged, pairs
 from tests.torch_reference import difference, gradient_of, tiny
 
 
@@ -39,43 +42,6 @@ from tests.torch_reference import difference, gradient_of, tiny
 def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
-
-
-def answer(prompt: np.ndarray, lengths: Sequence[int], seed: int, **of_answer: Any) -> Answer:
-    """Turns of `lengths` trained tokens behind a prompt, an untrained token between and behind them."""
-    random = np.random.default_rng(seed)
-    ids = np.concatenate([prompt, random.integers(0, VOCAB, sum(lengths) + len(lengths))])
-    parts: list[tuple[int, int, float, Reason]] = [(len(prompt), 0, 0.0, Reason.OTHER_ROLE)]
-    for k, n in enumerate(lengths):
-        parts += [(n, 2 * k + 1, 1.0, Reason.CONTENT), (1, 2 * k + 1, 0.0, Reason.SCAFFOLD)]
-    return Answer((row(parts, ids, f"pairs.jsonl:{seed}"),), **of_answer)
-
-
-def pairs(n: int, seed: int = 0, most: int = 12, references: bool = True) -> list[Pair]:
-    """n pairs of uneven lengths, with reference log-probabilities around those of a random model."""
-    random = np.random.default_rng(seed)
-    made = []
-    for i in range(n):
-        prompt = random.integers(0, VOCAB, random.integers(2, most))
-        both = []
-        for side in range(2):
-            turns = [int(random.integers(1, most)) for _ in range(random.integers(1, 3))]
-            reference = float(-4.1 * sum(turns) + random.normal(scale=3)) if references else None
-            both.append(answer(prompt, turns, 10_000 * seed + 2 * i + side, reference=reference))
-        made.append(Pair(*both, source=f"pairs.jsonl:{i + 1}"))
-    return made
-
-
-def judged(n: int, seed: int = 0, references: bool = True) -> list[Judged]:
-    flat = [replace(side, desirable=good) for pair in pairs(n, seed, references=references)
-            for side, good in ((pair.chosen, True), (pair.rejected, False))]
-    made = mismatched(flat[:-1])
-    if not references:
-        return made
-    model = tiny(FAMILIES["llama"])
-    with torch.no_grad():
-        return [replace(one, mismatched=replace(one.mismatched, reference=plain_logp(model, one.mismatched).item() - 2))
-                for one in made]
 
 
 def recipe(loss: str = "sigmoid", **changes: Any) -> Recipe:
@@ -524,3 +490,37 @@ def _spread(world: World, parallel: str) -> float:
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_more_ranks_than_pairs_per_micro_batch_change_nothing(parallel: str) -> None:
     assert on_ranks(3, _spread, parallel) < 1e-12
+
+
+# -- kill -9 -----------------------------------------------------------------------------------------------------------
+
+CRASH = {"objective": "dpo", "batch": {"examples": 3, "micro_tokens": 150}}
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.3, 0.6, 0.95])
+def test_kill_9_and_the_same_command_again_give_the_same_bytes(whole: Path, tmp_path: Path, share: float) -> None:
+    events = int((whole / "events.0").read_text())
+    assert crash.run(tmp_path / "run", max(1, round(share * events)), **CRASH) == signal.SIGKILL
+    assert crash.run(tmp_path / "run", **CRASH) == 0
+    assert crash.outcome(tmp_path / "run") == crash.outcome(whole)
+    assert not list((tmp_path / "run" / "reference").glob(".*"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "run"
+    assert crash.run(output, **CRASH) == 0
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [
+    {"objective": "kto"}, {"dpo": {"reference": "frozen"}}, {"dpo": {"reference": "adapter_off"}, "lora": {"rank": 2}},
+    {"run": {**crash.RECIPE["run"], "parallel": "fsdp"}},
+])
+def test_kill_9_on_two_ranks_gives_the_same_bytes(tmp_path: Path, change: dict[str, Any]) -> None:
+    settings = {**CRASH, "model": FAMILIES["llama"], **change}
+    assert crash.run(tmp_path / "whole", ranks=2, **settings) == 0
+    assert crash.run(tmp_path / "run", 60, ranks=2, **settings) == signal.SIGKILL
+    assert crash.run(tmp_path / "run", ranks=2, **settings) == 0
+    assert crash.outcome(tmp_path / "run") == crash.outcome(tmp_path / "whole")
