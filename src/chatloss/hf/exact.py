@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -46,20 +47,18 @@ class ExactLoss(_Trainer):  # type: ignore[misc]
             kwargs["data_collator"] = Collator()
         super().__init__(*args, **kwargs)
         self.label_names = ["weights"]
-        self._isolated = False
         _refuse(self)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        _check_isolation(self.model, self.data_collator(list(islice(iter(self.train_dataset), 3))))
+        return super().train(*args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns += [name for name in ("weights", "denominator") if name not in self._signature_columns]
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
-        if not batch_samples:
-            return None
-        if not self._isolated:
-            _check_isolation(self.accelerator.unwrap_model(self.model), batch_samples[0])
-            self._isolated = True
-        return _denominator(self.accelerator, batch_samples)
+        return _denominator(self.accelerator, batch_samples) if batch_samples else None
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,

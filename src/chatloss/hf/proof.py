@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 
@@ -40,6 +41,10 @@ def verify(
     with PureFloat64():
         reference = definition(copy.deepcopy(plain).eval(), examples, chosen)
         verdicts = judge(lambda build: _gradient(build, copy.deepcopy(plain)), named, reference, tolerance)
+    if torch.distributed.is_initialized():  # DDP gives every rank the weights of the first, which may differ here
+        box = [verdicts]
+        torch.distributed.broadcast_object_list(box, src=0)
+        [verdicts] = box
     tokens = sum(chosen.of_example(rows).tokens for rows in examples)
     return Report(tuple(verdicts), (), len(examples), tokens)
 
