@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("exactness", "invariance", "head_memory", "fill", "row_formats", "training")
+NAMES = ("exactness", "invariance", "head_memory", "fill", "row_formats", "hf", "training")
 
 
 def main() -> int:

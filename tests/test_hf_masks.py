@@ -19,7 +19,7 @@ from trl.chat_template_utils import get_training_chat_template, is_chat_template
 
 from chatloss import ChatEncoder, Policy, hf
 from chatloss.demo import tokenizer_directory
-from chatloss.errors import DataError, TokenizerError
+from chatloss.errors import DataError, RecipeError, TokenizerError
 from chatloss.hf.masks import NothingMasked
 from tests import assets, conformance
 
@@ -227,6 +227,8 @@ def test_weights_that_a_mask_cannot_hold_are_refused() -> None:
 def test_what_is_no_tokenizer_is_refused() -> None:
     with pytest.raises(TokenizerError, match="no transformers tokenizer"):
         hf.with_assistant_masks(str)
+    with pytest.raises(RecipeError, match="a mask cuts nothing"):
+        hf.with_assistant_masks(plain_tokenizer("demo"), Policy(max_length=5))
     bare = copy.copy(plain_tokenizer("demo"))
     bare.chat_template = None
     with pytest.raises(TokenizerError, match="no chat template"):

@@ -50,7 +50,10 @@ class ExactLoss(_Trainer):  # type: ignore[misc]
         _refuse(self)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        _check_isolation(self.model, self.data_collator(list(islice(iter(self.train_dataset), 3))))
+        if self.accelerator.num_processes > 1 and not hasattr(self.train_dataset, "__len__"):
+            raise _uncounted()
+        if self.train_dataset is not None:
+            _check_isolation(self.model, self.data_collator(list(islice(iter(self.train_dataset), 3))))
         return super().train(*args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -144,10 +147,7 @@ def _leave_out_duplicates(accelerator: Any, micro_batches: Sequence[dict[str, An
     try:
         real = 0 if batches.drop_last else len(batches.sampler) % loader.total_batch_size
     except (TypeError, AttributeError):
-        raise RecipeError(
-            "the rows of this data set cannot be counted, so nobody knows which ones its last batch repeats",
-            hint="use a data set with a length on several ranks", where="train_dataset",
-        ) from None
+        raise _uncounted() from None
     batch = micro_batches[-1]
     rows = len(batch["denominator"])
     own = min(max(real - accelerator.process_index * rows, 0), rows)
@@ -157,6 +157,13 @@ def _leave_out_duplicates(accelerator: Any, micro_batches: Sequence[dict[str, An
     document = (starts.cumsum(0) - 1).view_as(batch["position_ids"])
     batch["weights"] = batch["weights"].masked_fill(document >= own, 0.0)
     batch["denominator"] = torch.where(torch.arange(rows, device=document.device) < own, batch["denominator"], 0.0)
+
+
+def _uncounted() -> RecipeError:
+    return RecipeError(
+        "the rows of this data set cannot be counted, so nobody knows which ones its last batch repeats",
+        where="train_dataset", hint="use a data set with a length on several ranks",
+    )
 
 
 def _weighted_nll(model: Any, inputs: dict[str, Any], *, all_logits: bool = False) -> tuple[Tensor, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from chatloss.chat import Conversation
 from chatloss.encode import ChatEncoder
-from chatloss.errors import DataError, TokenizerError
+from chatloss.errors import DataError, RecipeError, TokenizerError
 from chatloss.load import load_tokenizer
 from chatloss.policy import Policy
 
@@ -54,7 +54,7 @@ class MaskCounts:
         3 of 4 turns in 2 conversations are masked; left out: 1 split
         """
         total = self.masked + self.left_out.total()
-        rest = ", ".join(f"{n} {why}" for why, n in sorted(self.left_out.items()))
+        rest = _listed(self.left_out)
         return f"{self.masked} of {total} turns in {self.conversations} conversations are masked" + (
             f"; left out: {rest}" if rest else "")
 
@@ -66,7 +66,8 @@ def with_assistant_masks(tokenizer: Any, policy: Policy | None = None) -> Any:
     `assistant_masks`, a 1 for every token of a turn whose context and targets in this one row are those of inference.
     Other turns are left out, counted in `mask_counts` and logged once; where none remains `NothingMasked` is raised, a
     `ValueError`. `policy` says which turns and parts are trained. The class stays a subclass of the tokenizer's, and
-    `save_pretrained` writes the original. Raises `TokenizerError` for what is no tokenizer or has no chat template.
+    `save_pretrained` writes the original. Raises `TokenizerError` for what is no tokenizer or has no chat template, and
+    `RecipeError` for a policy with a `max_length`.
 
     >>> import transformers
     >>> from chatloss.demo import tokenizer_directory
@@ -84,12 +85,11 @@ def with_assistant_masks(tokenizer: Any, policy: Policy | None = None) -> Any:
         )
     if not tokenizer.chat_template:
         raise TokenizerError("the tokenizer has no chat template", hint="set tokenizer.chat_template first")
-    if isinstance(tokenizer, _AssistantMasks):
-        state = dict(copy.deepcopy(tokenizer).__dict__)
-        base = tokenizer._plain_class
-    else:
-        state, base = dict(copy.deepcopy(tokenizer).__dict__), type(tokenizer)
-    state["_mask_policy"] = replace(policy or Policy(), row_format="per_turn", max_length=0)
+    base = tokenizer._plain_class if isinstance(tokenizer, _AssistantMasks) else type(tokenizer)
+    state = dict(copy.deepcopy(tokenizer).__dict__)
+    if policy is not None and policy.max_length:
+        raise RecipeError("a mask cuts nothing", where="max_length", hint="give max_length to the trainer")
+    state["_mask_policy"] = replace(policy or Policy(), row_format="per_turn")
     return _rebuilt(base, state)
 
 
@@ -138,38 +138,33 @@ class _AssistantMasks:
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         apply: Any = super().apply_chat_template  # type: ignore[misc]
-        bound = inspect.signature(apply).bind(conversation, *args, **kwargs)
-        if not bound.arguments.pop("return_assistant_tokens_mask", False):
+        call = inspect.signature(apply).bind(conversation, *args, **kwargs)
+        if not call.arguments.pop("return_assistant_tokens_mask", False):
             return apply(conversation, *args, **kwargs)
-        if not (bound.arguments.get("tokenize", True) and bound.arguments.get("return_dict", True)):
+        if not (call.arguments.get("tokenize", True) and call.arguments.get("return_dict", True)):
             raise ValueError("return_assistant_tokens_mask needs tokenize=True and return_dict=True")
-        tensors = bound.arguments.pop("return_tensors", None)
         batched = not isinstance(conversation[0], Mapping)
-        chats = [_parsed(chat, bound.arguments) for chat in (conversation if batched else [conversation])]
-        encoder = self._encoder(bound.arguments.get("chat_template"))
+        chats = [_parsed(chat, call.arguments) for chat in (conversation if batched else [conversation])]
+        encoder = self._encoder(call.arguments.get("chat_template"))
         seen = [encoder.rendering(chat).messages for chat in chats]
-        tools = chats[0].tools if chats else None
-        bound.arguments |= {"conversation": seen if batched else seen[0], "tools": tools and list(tools)}
-        out = apply(*bound.args, **bound.kwargs)
-        rows = out["input_ids"] if batched else [out["input_ids"]]
-        real = out.get("attention_mask", [[1] * len(row) for row in rows]) if batched else [
-            out.get("attention_mask", [1] * len(rows[0]))]
-        grows = not (batched or bound.arguments.get("padding") or bound.arguments.get("truncation"))
+        tensors = call.arguments.pop("return_tensors", None)
+        call.arguments |= {"conversation": seen if batched else seen[0], "tools": chats[0].tools and [*chats[0].tools]}
+        out = apply(*call.args, **call.kwargs)
+        # Only a list of its own can take in a stop that the template leaves away.
+        grows = not (batched or call.arguments.get("padding") or call.arguments.get("truncation"))
+        rows = _rows(out, "input_ids", batched)
+        attention = _rows(out, "attention_mask", batched) or [[1] * len(row) for row in rows]
         masks = []
-        for chat, row, mask in zip(chats, rows, real, strict=True):
-            places = np.flatnonzero(mask)
-            full = np.zeros(len(row), np.int64)
-            found, more = self._mask(encoder, chat, np.asarray(row)[places], grows)
-            full[places] = found[: len(places)]
-            if len(more):  # the template leaves the last answer without its stop
-                row.extend(more.tolist())
-                mask.extend([1] * len(more))
-                full = np.concatenate([full, found[len(places) :]])
-            masks.append(full.tolist())
+        for chat, row, real in zip(chats, rows, attention, strict=True):
+            places = np.flatnonzero(real)
+            found = self._held(encoder, chat, np.asarray(row)[places], grows)
+            mask = np.zeros(len(row) + len(found.stop), np.int64)
+            mask[[*places, *range(len(row), len(mask))]] = found.mask
+            row.extend(found.stop)
+            real.extend([1] * len(found.stop))
+            masks.append(mask.tolist())
         out["assistant_masks"] = masks if batched else masks[0]
-        if tensors is None:
-            return out
-        return out.convert_to_tensors(tensors, prepend_batch_axis=not batched)
+        return out if tensors is None else out.convert_to_tensors(tensors, prepend_batch_axis=not batched)
 
     def _encoder(self, chat_template: Any) -> ChatEncoder:
         """The encoder for the tokenizer's own template, or the one that the call names or gives."""
@@ -189,48 +184,71 @@ class _AssistantMasks:
             )
         return encoders[key]
 
-    def _mask(self, encoder: ChatEncoder, chat: Conversation, ids: Any, grows: bool) -> tuple[Any, Any]:
-        """(mask of `ids` and what stands behind them, the ids of a stop to be appended)."""
+    def _held(self, encoder: ChatEncoder, chat: Conversation, ids: Any, grows: bool) -> _Held:
+        found = _hold(encoder, chat, ids, grows)
         work = _WORK.setdefault(self, _Work())
-        encoding = encoder.examine(chat)
-        left_out = Counter(why for why in encoding.untrained.values() if why != "switched_off")
-        mask: Any = np.zeros(len(ids), np.int64)
-        more: Any = np.zeros(0, np.int64)
-        masked = 0
-        for row in encoding.rows:
-            weights = row.weights
-            end = int(np.flatnonzero(weights)[-1]) + 1
-            if not np.isin(weights, (0, 1)).all():
-                raise DataError(
-                    "a mask cannot hold weights other than 0 and 1", where=row.source, kind="weights",
-                    hint="train with chatloss.hf.dataset and ExactLoss, which carry them",
-                )
-            target = row.input_ids[:end]
-            if len(target) <= len(ids) and np.array_equal(ids[:end], target):
-                mask[:end] |= weights[:end] != 0
-            elif grows and len(target) > len(ids) and np.array_equal(target[: len(ids)], ids):
-                more = target[len(ids) :]
-                mask = np.concatenate([mask | (weights[: len(ids)] != 0), np.ones(len(more), np.int64)])
-                ids = target
-            else:
-                shorter = len(target) > len(ids) and np.array_equal(target[: len(ids)], ids)
-                left_out["cut" if shorter else "split"] += 1
-                continue
-            masked += 1
-        if not masked:
-            raise _nothing(chat, left_out)
         work.counts.conversations += 1
-        work.counts.masked += masked
-        work.counts.left_out += left_out
-        work.counts.stops_appended += bool(len(more))
-        if left_out and not work.told:
+        work.counts.masked += found.turns
+        work.counts.left_out += found.left_out
+        work.counts.stops_appended += bool(found.stop)
+        if found.left_out and not work.told:
             work.told = True
             logger.warning(
                 "one row cannot hold every turn of a conversation as inference shows it: %s (told once; mask_counts "
-                "has the sums, and rows from chatloss.hf.dataset train every turn)",
-                ", ".join(f"{n} {why}" for why, n in left_out.items()),
+                "has the sums, and rows from chatloss.hf.dataset train every turn)", _listed(found.left_out),
             )
-        return mask, more
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What one row holds: the mask of its ids and of the stop behind them, how many turns, and why not the others."""
+
+    mask: Any
+    stop: list[int]
+    turns: int
+    left_out: Counter[str]
+
+
+def _hold(encoder: ChatEncoder, chat: Conversation, ids: Any, grows: bool) -> _Held:
+    """The turns whose context and targets `ids` begin with. `grows`: a last stop that is missing may be appended."""
+    encoding = encoder.examine(chat)
+    left_out = Counter(why for why in encoding.untrained.values() if why != "switched_off")
+    mask, given, turns = np.zeros(len(ids), bool), len(ids), 0
+    for row in encoding.rows:
+        trained = row.weights != 0
+        if not np.isin(row.weights, (0, 1)).all():
+            raise DataError(
+                "a mask cannot hold weights other than 0 and 1", where=row.source, kind="weights",
+                hint="train with chatloss.hf.dataset and ExactLoss, which carry them",
+            )
+        end = int(np.flatnonzero(trained)[-1]) + 1
+        longer, begins = end - len(ids), np.array_equal(ids[:end], row.input_ids[: len(ids)][:end])
+        if begins and longer > 0 and grows:
+            ids, mask = row.input_ids[:end], np.concatenate([mask, np.zeros(longer, bool)])
+        if begins and (longer <= 0 or grows):
+            mask[:end] |= trained[:end]
+            turns += 1
+        else:
+            left_out["cut" if begins else "split"] += 1
+    if not turns:
+        raise NothingMasked(
+            f"no turn of this conversation can be masked in one row ({_listed(left_out) or 'no turn is trained'})",
+            where=chat.source, kind="nothing masked",
+            hint="`chatloss view` shows why; rows from chatloss.hf.dataset train split turns too",
+        )
+    return _Held(mask, [int(i) for i in ids[given:]], turns, left_out)
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {why}" for why, n in sorted(counts.items()))
+
+
+def _rows(out: Any, name: str, batched: bool) -> list[list[int]]:
+    """A column of a tokenizer's answer as lists, one per conversation; none where it has no such column."""
+    if name not in out:
+        return []
+    return out[name] if batched else [out[name]]
 
 
 def _parsed(chat: Any, arguments: Mapping[str, Any]) -> Conversation:
@@ -246,14 +264,6 @@ def _parsed(chat: Any, arguments: Mapping[str, Any]) -> Conversation:
     messages = getattr(chat, "messages", chat)
     clean = [{k: v for k, v in message.items() if v is not None} for message in messages]
     return Conversation.from_messages(clean, tools, more)
-
-
-def _nothing(chat: Conversation, left_out: Mapping[str, int]) -> NothingMasked:
-    why = ", ".join(f"{n} {name}" for name, n in left_out.items()) or "no turn is trained"
-    return NothingMasked(
-        f"no turn of this conversation can be masked in one row ({why})", where=chat.source, kind="nothing masked",
-        hint="`chatloss view` shows why; rows from chatloss.hf.dataset train split turns too",
-    )
 
 
 @cache

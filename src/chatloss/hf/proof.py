@@ -97,6 +97,7 @@ def _gradient(build: Build, model: Any) -> Gradient:
     try:
         trainer.train()
     except _Captured:
+        trainer.accelerator.gradient_state.active_dataloader.end()  # nobody else will
         return capture.gradient
     raise RecipeError("the trainer took no optimiser step", where="train_dataset", hint="give it rows and max_steps=1")
 
