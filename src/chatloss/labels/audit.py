@@ -71,9 +71,9 @@ class _Audit:
         self.encoder, self.keep = encoder, keep
         self.comparison = None if chats is None else Comparison(encoder, chats)
         tokens = encoder.loaded.tokens
-        control = getattr(tokens, "added", tokens.special)
+        added = getattr(tokens, "added", tokens.special)
         structure = Structure.of(encoder)
-        self.reconstructor = Reconstructor(structure, encoder.decode, control.values())
+        self.reconstructor = Reconstructor(structure, encoder.decode, added)
         self.stops = frozenset(tokens.ids_of(text)[-1] for text in encoder.engine_stops)
         self.pad, bos = self.special("pad_token"), self.special("bos_token")
         text = encoder.loaded.special_tokens.get("bos_token", "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -120,12 +120,12 @@ class _Event:
 class Reconstructor:
     """Takes the documents of one tokenizer and template apart."""
 
-    def __init__(self, structure: Structure, decode: Decode, special: Iterable[int] = ()) -> None:
-        """`special`: ids of control tokens; a header that is typed out in ordinary tokens is text, and no header."""
+    def __init__(self, structure: Structure, decode: Decode, added: Mapping[str, int] | None = None) -> None:
+        """`added`: tokens that stand for whole texts. A header that begins with one is none if it is typed out."""
         self.structure = structure
         self._pieces = Pieces(decode)
         self._lengths: dict[int, int] = {}
-        self._special = frozenset(special)
+        self._added = dict(added or {})
 
     def document(self, ids: npt.NDArray[np.int32], padding: npt.NDArray[np.bool_] | None = None) -> Document:
         """A document's ids [n] taken apart; `padding` [n] marks what belongs to nobody."""
@@ -177,26 +177,29 @@ class Reconstructor:
     # -- messages --------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _forms(self) -> list[tuple[str, str, Opener | None]]:
-        """(header, role, opener) of every role, the longest first; of two that are equal the answer's."""
+    def _forms(self) -> list[tuple[str, str, Opener | None, int]]:
+        """(header, role, opener, id of its first token or -1), the longest first; of two equal ones the answer's."""
         forms: list[tuple[str, str, Opener | None]] = [(o.text, "assistant", o) for o in self.structure.openers]
         forms += [(text, role, None) for role, texts in self.structure.headers.items() for text in texts]
         kept = {form[0].rstrip(): form for form in reversed(forms) if form[0].strip()}
-        return sorted(kept.values(), key=lambda form: -len(form[0]))
+        longest = sorted(kept.values(), key=lambda form: -len(form[0]))
+        return [(*form, self._first_token(form[0])) for form in longest]
+
+    def _first_token(self, text: str) -> int:
+        found = max((token for token in self._added if text.startswith(token)), key=len, default="")
+        return self._added.get(found, -1)
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        cores = [(text, text.rstrip()) for text, _, _ in self._forms]
+        cores = [(form[0], form[0].rstrip()) for form in self._forms]
         parts = [f"({_literal(core)}{_optional(text[len(core) :])})" for text, core in cores]
         return re.compile("|".join(parts) or r"(?!)")
 
     def _events(self, text: str, ids: npt.NDArray[np.int32], ends: Ints) -> Iterator[_Event]:
         for match in self._pattern.finditer(text):
-            token = int(np.searchsorted(ends, match.start(), side="right"))
-            if match[0][0] in "<[" and self._special and int(ids[token]) not in self._special:
-                continue
-            _, role, opener = self._forms[(match.lastindex or 1) - 1]
-            yield _Event(match.start(), match.end(), role, opener)
+            _, role, opener, first = self._forms[(match.lastindex or 1) - 1]
+            if first < 0 or int(ids[np.searchsorted(ends, match.start(), side="right")]) == first:
+                yield _Event(match.start(), match.end(), role, opener)
 
     def _merged(self, events: list[_Event], text: str) -> list[_Event]:
         """Without the headers that stand inside a turn: gpt-oss writes one for each channel."""

@@ -87,7 +87,8 @@ class _Learner:
         strip = [*(end for texts in ends.values() for end in texts), *stops]
         closer = self.closer()
         headers = {role: self.headers(role, [*strip, *([closer] if closer else [])]) for role in _ROLES}
-        openers = tuple(dict.fromkeys(filter(None, map(self.opener, self.lead_ins()))))
+        found = dict.fromkeys(filter(None, map(self.opener, self.lead_ins())))
+        openers = tuple(sorted(found, key=lambda opener: opener.emitted))
         closers = (closer,) if closer and closer not in stops else ()
         return Structure(openers, headers, ends, stops, closers)
 
@@ -126,8 +127,8 @@ class _Learner:
             "user": lambda: _after(self.text([user()]), QUESTION),
             "tool": lambda: _after(self.text([user(), call(), result()]), RESULT),
         }[role]()
-        if role == "system" and found:
-            found = found[: _header_start(found, self.known)]
+        if role == "system":
+            found = _before_header(found or "", self.known)
         return (found,) if found and found.strip() else ()
 
     def headers(self, role: str, ends: Sequence[str]) -> tuple[str, ...]:
@@ -182,10 +183,10 @@ def _from_control(text: str, known: Iterable[str]) -> str:
     return text[spans[0][0] :] if spans else text
 
 
-def _header_start(text: str, known: Iterable[str]) -> int:
-    """Where, behind the control token that ends one message, the next one's header begins."""
+def _before_header(text: str, known: Iterable[str]) -> str:
+    """What of `text` between two messages ends the first: all before the second control token; else nothing is sure."""
     spans = control_texts(text, known)
-    return spans[1][0] if len(spans) > 1 else len(text)
+    return text[: spans[1][0]] if len(spans) > 1 else ""
 
 
 def _last_run(text: str, known: Iterable[str]) -> str:
