@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 import trl
+from datasets.fingerprint import Hasher
 from trl.chat_template_utils import get_training_chat_template, is_chat_template_stop_token_trained
 
 from chatloss import ChatEncoder, Policy, hf
@@ -187,6 +188,18 @@ def test_everything_but_the_mask_is_the_tokenizers_own(tmp_path: Path) -> None:
         assert type(other) is type(tokenizer)
         same = other.apply_chat_template(PLAIN, return_assistant_tokens_mask=True)
         assert same == tokenizer.apply_chat_template(PLAIN, return_assistant_tokens_mask=True)
+
+
+def test_datasets_takes_it_into_other_processes_and_knows_it_again(tmp_path: Path) -> None:
+    tokenizer = hf.with_assistant_masks(plain_tokenizer("demo"))
+    before = Hasher.hash(tokenizer)
+    trainer = sft(tokenizer, [{"messages": PLAIN}] * 4, tmp_path, dataset_num_proc=2)
+    [row, *_] = trainer.train_dataset
+    assert targets(row["input_ids"], row["labels"]) == our_turns(plain_tokenizer("demo"), PLAIN)
+    fresh = hf.with_assistant_masks(plain_tokenizer("demo"))
+    fresh.apply_chat_template(PLAIN, return_assistant_tokens_mask=True)
+    assert Hasher.hash(fresh) == before
+    assert Hasher.hash(hf.with_assistant_masks(fresh, Policy(turns="last"))) != before
 
 
 def test_another_template_of_the_user_is_followed() -> None:

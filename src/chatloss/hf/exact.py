@@ -141,15 +141,17 @@ def _leave_out_duplicates(accelerator: Any, micro_batches: Sequence[dict[str, An
     loader = accelerator.gradient_state.active_dataloader
     if accelerator.num_processes == 1 or loader is None or not loader.end_of_dataloader:
         return
-    batches = loader.sampler if hasattr(loader.sampler, "batch_size") else loader.batch_sampler
-    while hasattr(batches, "batch_sampler"):  # accelerate's shards around the one that counts
+    batches = loader.sampler if hasattr(loader.sampler, "batch_sampler") else loader.batch_sampler
+    even = True
+    while hasattr(batches, "batch_sampler"):  # accelerate's shards, and what it skips, around the one that counts
+        even = even and getattr(batches, "even_batches", True)
         batches = batches.batch_sampler
-    try:
-        real = 0 if batches.drop_last else len(batches.sampler) % loader.total_batch_size
-    except (TypeError, AttributeError):
-        raise _uncounted() from None
     batch = micro_batches[-1]
     rows = len(batch["denominator"])
+    try:
+        real = 0 if batches.drop_last or not even else len(batches.sampler) % (rows * accelerator.num_processes)
+    except (TypeError, AttributeError):
+        raise _uncounted() from None
     own = min(max(real - accelerator.process_index * rows, 0), rows)
     if real == 0 or own == rows:
         return
