@@ -119,6 +119,7 @@ def test_a_dataset_and_any_iterable_of_mappings_are_read() -> None:
     ({"assistant_masks": [0, 1, 1], "completion_mask": [0, 0, 1]}, "assistant_masks x completion_mask", [0, 0, 1]),
     ({"labels": [-100, -100, 7], "loss_mask": [1, 1, 1]}, "labels", [0, 0, 1]),
     ({"loss_scale": [0, 0.5, 2]}, "loss_scale", [0, 0.5, 2]),
+    ({"labels": [-100, 6, 7], "loss_scale": [1, 0.5, 0]}, "labels x loss_scale", [0, 0.5, 0]),
 ])
 def test_the_column_that_was_read_is_told(row: Row, column: str, weights: list[float]) -> None:
     found, = read_labels([{"input_ids": [5, 6, 7], **row}])

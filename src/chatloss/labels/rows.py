@@ -136,6 +136,8 @@ def _row(value: Any, source: str, vocabulary: int) -> LabelRow:
     if "labels" in given:
         column = "labels"
         weights, shifted, odd = _from_labels(ids, _integers(given["labels"], "labels"))
+        if "loss_scale" in given:  # ms-swift weighs its labels
+            column, weights = "labels x loss_scale", weights * _mask(given["loss_scale"], "loss_scale")
     elif masks:
         column, weights = " x ".join(masks), np.ones(n, np.float32)
         for name in masks:  # TRL trains where all of its masks are 1
