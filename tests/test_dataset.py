@@ -119,10 +119,12 @@ def test_training_on_prepared_rows_is_training_on_the_chats(directory: Path, tmp
     [({"turns": "last"}, "policy.turns was 'all' and is 'last'"),
      ({"template_kwargs": {"enable_thinking": False}}, "template_kwargs.enable_thinking")],
 )
-def test_choices_that_the_rows_were_not_made_with_are_refused(directory: Path, data: Any, named: str) -> None:
+def test_choices_that_the_rows_were_not_made_with_are_refused(
+    directory: Path, data: Any, named: str, tmp_path: Path
+) -> None:
     from chatloss.sft import encode_files, recipe_encoder
 
-    asked = recipe([str(directory)], Path("unused"), **data)
+    asked = recipe([str(directory)], tmp_path, **data)
     with pytest.raises(DataError, match=named) as caught:
         encode_files(asked, recipe_encoder(asked), asked.data.train)
     assert caught.value.where == str(directory)
@@ -138,10 +140,10 @@ def test_another_tokenizer_is_refused(directory: Path, tmp_path: Path) -> None:
         Prepared(directory).check_made_with(Job(str(other)).encoder())
 
 
-def test_chats_beside_prepared_rows_are_refused(directory: Path) -> None:
+def test_chats_beside_prepared_rows_are_refused(directory: Path, tmp_path: Path) -> None:
     from chatloss.sft import encode_files, recipe_encoder
 
-    asked = recipe([str(directory), str(chats_file())], Path("unused"))
+    asked = recipe([str(directory), str(chats_file())], tmp_path)
     with pytest.raises(RecipeError, match="chats beside prepared"):
         encode_files(asked, recipe_encoder(asked), asked.data.train)
 

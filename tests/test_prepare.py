@@ -272,11 +272,12 @@ def test_a_killed_run_leaves_nothing_behind_that_changes_the_bytes(chats: Path, 
 def test_labels_are_what_other_trainers_read(chats: Path) -> None:
     prepare([str(chats)], "out", Job(JOB.tokenizer, export="labels"), max_rejects=0.1)
     table = pq.read_table("out/shards")
-    assert table.column_names == ["input_ids", "labels"]
+    assert table.column_names == ["input_ids", "attention_mask", "labels"]
     made = [made.encoding.rows for made in examples(read(str(chats)), JOB.encoder())]
     wanted = [row for rows in made for row in rows if set(row.weights) <= {0, 1}]
     assert table["input_ids"].to_pylist() == [row.input_ids.tolist() for row in wanted]
     assert table["labels"].to_pylist() == [row.labels.tolist() for row in wanted]
+    assert table["attention_mask"].to_pylist() == [[1] * len(row) for row in wanted]
     with pytest.raises(DataError, match="labels for other trainers"):
         Prepared("out")
 

@@ -43,7 +43,10 @@ def schema(export: str) -> Any:
 
     ids = pa.list_(pa.field("element", pa.int32(), nullable=False))
     if export == "labels":
-        return pa.schema([pa.field("input_ids", ids, False), pa.field("labels", ids, False)])
+        mask = pa.list_(pa.field("element", pa.int8(), nullable=False))  # axolotl asks for one
+        return pa.schema([
+            pa.field("input_ids", ids, False), pa.field("attention_mask", mask, False), pa.field("labels", ids, False)
+        ])
     turn = pa.struct([
         pa.field("message", pa.int32(), nullable=False), pa.field("outcome", pa.string()),
         pa.field("untrained", pa.string()),
@@ -113,9 +116,14 @@ def _lists(arrays: Sequence[npt.NDArray[Any]], kind: Any) -> Any:
 def _labels_table(rows: Sequence[tuple[int, Sample]], schema: Any) -> Any:
     import pyarrow as pa
 
-    kind = schema.field("labels").type
-    labels = [row.labels.astype(np.int32) for _, row in rows]
-    return pa.Table.from_arrays([_lists([row.input_ids for _, row in rows], kind), _lists(labels, kind)], schema=schema)
+    columns = {
+        "input_ids": [row.input_ids for _, row in rows],
+        "attention_mask": [np.ones(len(row), np.int8) for _, row in rows],
+        "labels": [row.labels.astype(np.int32) for _, row in rows],
+    }
+    return pa.Table.from_arrays(
+        [_lists(arrays, schema.field(name).type) for name, arrays in columns.items()], schema=schema
+    )
 
 
 def _rows_table(rows: Sequence[tuple[int, Sample]], schema: Any) -> Any:

@@ -15,6 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -39,6 +40,7 @@ WORK = ".prepare"  # what is done so far; gone when all is
 UNEQUAL = "unequal.json"  # in WORK: a text on which the fast encoder was seen to differ
 FAST_BYTES = 8 * 2**20  # of input, for which loading the fast encoder takes less time than it saves
 Progress = Callable[[int, Counts], None]
+Runner = Callable[[Iterator[Shard], "Job", Path], Iterator[tuple[Shard, Counts]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +135,7 @@ def _marker(directory: Path, index: int) -> Path:
 def prepare(
     data: Sequence[str], output: str | Path, job: Job, *, input_format: str = "auto", max_rejects: float = 0.01,
     workers: int = 1, fresh: bool = False, progress: Callable[[int], Progress] | None = None,
-    note: Callable[[str], None] | None = None,
+    note: Callable[[str], None] | None = None, runner: Runner | None = None,
 ) -> dict[str, Any]:
     """Prepare `data` (paths, "-", hub ids) into the directory `output`; returns the manifest, which is its last file.
 
@@ -142,7 +144,7 @@ def prepare(
     since, `DataError` says which; `fresh` starts anew. The bytes written depend on none of that. Rows that cannot be
     used are in ``rejects.jsonl``; more than the share `max_rejects` of them raises `DataError`. `progress` is called
     with the bytes of all inputs, and gives a function that is told the bytes of every shard done and its counts; `note`
-    is told in words what the user should know.
+    is told in words what the user should know. `runner` does the shards somewhere else, see `chatloss.cluster`.
     """
     directory = Path(output)
     _clear(directory, fresh)
@@ -162,17 +164,18 @@ def prepare(
     if (job.backend == "auto" and total_bytes < FAST_BYTES) or (work / UNEQUAL).exists():
         job = replace(job, backend="reference")
     job = replace(job, clock=clock)
+    run = runner or (partial(_in_processes, workers=workers) if workers > 1 else None)
     told = progress(total_bytes if all(one.lines for one in inputs) else 0) if progress else None
     note = note or (lambda text: None)
     encoder = job.encoder(encoder.loaded, note)
     try:
-        total = _all(shards_of(inputs, size), job, encoder, directory, workers, told)
+        total = _all(shards_of(inputs, size), job, encoder, directory, run, told)
     except Unequal as error:
         note(f"{error}: encoding all of it with the reference")
         write_json(work / UNEQUAL, {"text": error.text})
         _forget_fast(directory)
         job = replace(job, backend="reference")
-        total = _all(shards_of(inputs, size), job, job.encoder(), directory, workers, told)
+        total = _all(shards_of(inputs, size), job, job.encoder(), directory, run, told)
     check_unchanged(inputs)
     return _finish(directory, {**about, "clock": clock}, total, max_rejects)
 
@@ -191,8 +194,8 @@ def _clear(directory: Path, fresh: bool) -> None:
         (directory / MANIFEST).unlink(missing_ok=True)
         for folder in (directory / WORK, directory / "shards"):
             shutil.rmtree(folder, ignore_errors=True)
-    for partial in directory.glob("**/.*.tmp"):  # of a run that was killed
-        partial.unlink(missing_ok=True)
+    for left in directory.glob("**/.*.tmp"):  # by a run that was killed
+        left.unlink(missing_ok=True)
 
 
 def _manifest(directory: Path) -> dict[str, Any]:
@@ -245,11 +248,11 @@ def _forget_fast(directory: Path) -> None:
 
 
 def _all(
-    shards: Iterable[Shard], job: Job, encoder: ChatEncoder, directory: Path, workers: int, told: Progress | None
+    shards: Iterable[Shard], job: Job, encoder: ChatEncoder, directory: Path, run: Runner | None, told: Progress | None
 ) -> Counts:
     """The counts of all shards, when they are done."""
     total = Counts()
-    for shard, counts in _each(shards, job, encoder, directory, workers):
+    for shard, counts in _each(shards, job, encoder, directory, run):
         total.merge(counts)
         if told:
             told(shard.end - shard.start, counts)
@@ -257,7 +260,7 @@ def _all(
 
 
 def _each(
-    shards: Iterable[Shard], job: Job, encoder: ChatEncoder, directory: Path, workers: int
+    shards: Iterable[Shard], job: Job, encoder: ChatEncoder, directory: Path, run: Runner | None
 ) -> Iterator[tuple[Shard, Counts]]:
     """Every shard with its counts, as they get done; in order where this process does them."""
     left = []
@@ -271,11 +274,11 @@ def _each(
                 left.append((replace(shard, payload=()), Counts.from_dict(marker["counts"])))
 
     todo = undone()
-    if workers <= 1:
+    if run is None:
         for shard in todo:
             yield shard, run_shard(job, encoder, shard, directory)
     else:
-        yield from _in_processes(todo, job, directory, workers)
+        yield from run(todo, job, directory)
     yield from left
 
 

@@ -22,16 +22,18 @@ __all__ = ["prepare"]
 @reading_options
 @click.option("--output", "-o", required=True, metavar="DIR", help="The directory to make, or to go on with.")
 @click.option("--workers", "-j", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
+@click.option("--ray", metavar="ADDRESS", help="Run on a Ray cluster instead: its address, auto, or local.")
 @click.option("--export", type=click.Choice(("rows", "labels")), default="rows", show_default=True,
               help="All that a row holds, or input_ids and labels for other trainers.")
 @click.option("--encoder", type=click.Choice(("auto", "reference", "fast")), default="auto", show_default=True,
               help="How ids are made, never which: fastokens where it is shown to be equal, or tokenizers.")
 @click.option("--fresh", is_flag=True, help="Start anew although the directory holds something.")
-def prepare(source: Source, output: str, workers: int, export: str, encoder: str, fresh: bool) -> None:
+def prepare(source: Source, output: str, workers: int, ray: str | None, export: str, encoder: str, fresh: bool) -> None:
     """Encode DATA into a directory of Parquet shards; the same command again goes on where it stopped."""
     from pathlib import Path
 
     from chatloss import prepare as preparing
+    from chatloss.cluster import on_ray
     from chatloss.load import read_template
     from chatloss.policy import Policy
 
@@ -48,6 +50,7 @@ def prepare(source: Source, output: str, workers: int, export: str, encoder: str
     manifest = preparing.prepare(
         source.data, output, job, input_format=source.input_format, max_rejects=source.max_rejects, workers=workers,
         fresh=fresh, progress=_progress, note=lambda text: print(f"note: {text}", file=sys.stderr),
+        runner=None if ray is None else on_ray(ray),
     )
     counts = manifest["counts"]
     turns = ", ".join(f"{n:,} {name}" for name, n in counts["outcomes"].items())
