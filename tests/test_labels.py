@@ -348,6 +348,19 @@ def test_padding_is_told_from_the_pad_token_where_nothing_says_so() -> None:
         assert set(causes(audited("qwen2.5", [{"input_ids": ids, "labels": labels}]))) == told
 
 
+def test_rows_of_nothing_are_told() -> None:
+    rows = [{"input_ids": [], "labels": []}, {"input_ids": [5, 5], "labels": [-100, 5], "attention_mask": [0, 0]}]
+    assert causes(audited("qwen2.5", rows)) == {"empty_row": 2, "padding_trained": 1}
+
+
+def test_padding_on_the_left_changes_no_comparison() -> None:
+    row, = samples("llama3")
+    padded = {"input_ids": [128004] * 3 + row.input_ids.tolist(), "labels": [-100] * 3 + row.labels.tolist()}
+    for more in ({}, {"attention_mask": [0] * 3 + [1] * len(row)}):
+        report = audited("llama3", [{**padded, **more}], chats=chats_of())
+        assert causes(report) == {} and report.differences == {"equal": 3}
+
+
 def packed(*rows: Row, **layout: Any) -> Row:
     joined = {name: np.concatenate([row[name] for row in rows]) for name in ("input_ids", "labels")}
     return {**joined, **layout}

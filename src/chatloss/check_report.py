@@ -10,7 +10,7 @@ from typing import Any
 from chatloss.findings import MARKS, SEVERITIES, STYLES, Line, Lines, inline, plural
 from chatloss.sample import Sample
 
-__all__ = ["COUNTS", "TURN_STATUSES", "CheckFinding", "CheckReport"]
+__all__ = ["COUNTS", "TURN_STATUSES", "CheckFinding", "CheckReport", "finding_lines"]
 
 # What becomes of a turn, exactly one of these; `rejected`: its conversation cannot be used as a whole.
 TURN_STATUSES = (
@@ -121,7 +121,7 @@ class CheckReport:
         """The report for a rich console (or `str()`): totals, then one cause after the other, the worst first."""
         lines = [*self._totals(), Line()]
         for finding in self.findings:
-            lines += _finding_lines(finding)
+            lines += finding_lines(finding)
         if self.findings:
             lines.append(Line())
         lines.append(self._verdict())
@@ -161,7 +161,8 @@ class CheckReport:
         return Line(text=text, style=STYLES[worst] if worst != "info" else "bold green")
 
 
-def _finding_lines(finding: CheckFinding) -> list[Line]:
+def finding_lines(finding: CheckFinding) -> list[Line]:
+    """What a terminal shows of a finding: the cause, its first example, its remedy."""
     style = STYLES[finding.severity]
     name = finding.cause.replace("_", " ")
     head = ((f"{MARKS[finding.severity]} {finding.severity:<8}", style), (f"{finding.count:>7,}  ", "bold"))

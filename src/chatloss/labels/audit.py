@@ -110,20 +110,28 @@ class _Audit:
             at = row.odd[0]
             text = self.encoder.decode(row.ids[max(0, at - 6) : at + 3].tolist())
             self.hit("label_differs", row.source, f"token {at}, and {len(row.odd) - 1} more: {text}")
-        self.bounds(row)
         padding = row.padding if row.padding.any() else self.padding(row.ids)
-        ends = [*row.starts[1:].tolist(), len(row.ids)]
-        for k, (start, end) in enumerate(zip(row.starts.tolist(), ends, strict=True)):
+        real = np.flatnonzero(~padding)
+        first = int(real[0]) if len(real) else len(row.ids)
+        if row.weights[:first].any():
+            self.hit("padding_trained", row.source, f"tokens 0-{first - 1}")
+        if not len(real):
+            self.hit("empty_row", row.source)
+            return
+        self.bounds(row, first)
+        starts = [max(start, first) for start in row.starts.tolist()]
+        for k, (start, end) in enumerate(zip(starts, [*starts[1:], len(row.ids)], strict=True)):
             if end > start:
-                source = row.source if len(row.starts) == 1 else f"{row.source} document {k + 1}"
-                self.document(row.ids[start:end], row.weights[start:end], padding[start:end], source, row.said, k == 0)
+                source = row.source if len(starts) == 1 else f"{row.source} document {k + 1}"
+                ids, weights = row.ids[start:end], row.weights[start:end]
+                self.document(ids, weights, padding[start:end], source, row.said, k == 0)
 
-    def bounds(self, row: LabelRow) -> None:
-        """Beginnings of documents that nothing announces."""
+    def bounds(self, row: LabelRow, first: int) -> None:
+        """Beginnings of documents behind the token `first` that nothing announces."""
         if self.bos < 0:
             return
         begins = np.flatnonzero((row.ids == self.bos) & ~row.padding)
-        inside = begins[(begins > 0) & ~np.isin(begins, row.starts) & ~np.isin(begins - 1, begins)]
+        inside = begins[(begins > first) & ~np.isin(begins, row.starts) & ~np.isin(begins - 1, begins)]
         if len(inside) and self.bos not in self.stops:
             at = int(inside[0])
             text = self.encoder.decode(row.ids[max(0, at - 6) : at + 6].tolist())

@@ -83,6 +83,7 @@ LABEL_CAUSES: Mapping[str, Cause] = {
     "structure_trained": Cause("warning", "document", "headers of other roles are trained",
                                "end the mask behind the stop of the answer"),
     "padding_trained": Cause("error", "document", "padding is trained", "set labels to -100 where attention_mask is 0"),
+    "empty_row": Cause("warning", "row", "no tokens, or nothing but padding", "drop the row"),
     # Documents
     "cross_document": Cause("error", "document", "the first token of a packed document is trained: it is predicted "
                             "from the end of the document before", "set the first label of every document to -100"),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chatloss.check_report import CheckFinding, _finding_lines
+from chatloss.check_report import CheckFinding, finding_lines
 from chatloss.findings import SEVERITIES, STYLES, Line, Lines, plural
 from chatloss.labels.reconstruct import Kind
 from chatloss.sample import Sample
@@ -92,7 +92,7 @@ class LabelsReport:
         """The report for a rich console (or `str()`): totals, what is trained, one finding after the other."""
         lines = [*self._totals(), Line(), *self._trained(), Line(), *self._differences()]
         for finding in self.findings:
-            lines += _finding_lines(finding)
+            lines += finding_lines(finding)
         if self.findings:
             lines.append(Line())
         lines.append(self._verdict())
