@@ -109,6 +109,7 @@ def run_trl(
         str(model), args=config, train_dataset=datasets.Dataset.from_list(list(rows)), callbacks=[Tick()],
         processing_class=transformers.PreTrainedTokenizerFast.from_pretrained(tokenizer),
     )
+    trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
     trainer.save_model(str(output / "model"))
     records = [{**log, "seconds": s} for log, s in zip(trainer.state.log_history, seconds, strict=False)]
@@ -141,6 +142,25 @@ def compare(loss: str, steps: int = 5, count: int = 8, batch: int = 8) -> dict[s
     out["weights"] = max(float(np.abs(weights[k] - others[k]).max() / np.abs(others[k]).max()) for k in others)
     out["moved"] = abs(theirs[steps - 1]["loss"] - theirs[0]["loss"])
     return out
+
+
+def real(data: str, steps: int = 3, count: int = 4, longest: int = 200) -> list[dict[str, Any]]:
+    """Records of a few DPO steps of SmolLM2-135M-Instruct on `count` short real pairs ("dpo_en", "dpo_zh")."""
+    from tests import assets
+
+    pairs, _ = encoded(assets.tokenizer_dir("smollm2"), assets.chat_file(data), count, longest)
+    with tempfile.TemporaryDirectory() as folder:
+        from chatloss.config import Recipe
+        from chatloss.trainer import train
+
+        recipe = Recipe.from_dict({
+            "objective": "dpo", "model": str(assets.model_dir("smollm2")), "output": folder,
+            "batch": {"examples": count, "micro_tokens": 2 * longest}, "run": {"steps": steps},
+            "optim": {"lr": 5e-6, "schedule": "constant", "warmup": 0},
+        })
+        result = train(recipe, pairs, tokenizer_files=lambda _: None, decode=str, quiet=True)
+        lines = [json.loads(line) for line in result.metrics.read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "step"]
 
 
 def speed(who: str, options: argparse.Namespace) -> dict[str, float]:
@@ -180,7 +200,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", choices=["chatloss", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--skip-losses", action="store_true")
+    parser.add_argument("--real", metavar="DATA", help="a few steps of SmolLM2 on dpo_en or dpo_zh, and nothing else")
     options = parser.parse_args()
+    if options.real:
+        for record in real(options.real):
+            print({key: round(record[key], 3) for key in ("step", "loss", "margin", "accuracy", "logp/chosen",
+                                                          "logp/rejected", "tokens", "seconds")}, flush=True)
+        return
     if options.only:
         print("RESULT " + json.dumps(speed(options.only, options)))
         return
@@ -191,7 +217,7 @@ def main() -> None:
             print(f"| {loss} | {found['loss']:.1e} | {found['grad_norm']:.1e} | {found['weights']:.1e} |", flush=True)
     print("| contender | trained tokens / s | peak MiB |\n| --- | --- | --- |")
     passed = [f"--{name.replace('_', '-')}={value}" for name, value in vars(options).items()
-              if name not in ("only", "skip_losses")]
+              if name not in ("only", "skip_losses", "real")]
     for who in ("chatloss", "trl"):
         done = subprocess.run([sys.executable, "-m", "benchmarks.preference", "--only", who, *passed],
                               capture_output=True, text=True, cwd=Path(__file__).parent.parent)
