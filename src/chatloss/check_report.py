@@ -10,7 +10,7 @@ from typing import Any
 from chatloss.findings import MARKS, SEVERITIES, STYLES, Line, Lines, inline, plural
 from chatloss.sample import Sample
 
-__all__ = ["COUNTS", "TURN_STATUSES", "CheckFinding", "CheckReport", "finding_lines"]
+__all__ = ["COUNTS", "TURN_STATUSES", "CheckFinding", "CheckReport", "Findings"]
 
 # What becomes of a turn, exactly one of these; `rejected`: its conversation cannot be used as a whole.
 TURN_STATUSES = (
@@ -48,26 +48,11 @@ class CheckFinding:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class CheckReport:
-    """The result of an audit.
+class Findings:
+    """What reports of findings have in common; the findings are sorted by severity and count."""
 
-    `counts` has the keys of `COUNTS`; refused_conversations and refused_turns are what encoding refuses under the
-    policy. `turns` counts every turn once, by status: the sum is counts["turns"]. `reasons` are tokens by reason,
-    `lengths` tokens of a row, `turn_lengths` trained tokens of a turn. `findings` are sorted by severity and count.
-    `samples`, `roles` and `untrained` are for a page.
-    """
-
-    tokenizer: str
-    counts: Mapping[str, int]
-    turns: Mapping[str, int]
-    reasons: Mapping[str, int]
-    lengths: Mapping[str, float]
-    turn_lengths: Mapping[str, float]
+    __slots__ = ()
     findings: tuple[CheckFinding, ...]
-    samples: tuple[Sample, ...] = field(default=(), repr=False)
-    roles: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
-    untrained: Mapping[str, Mapping[int, str]] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, cause: str) -> CheckFinding:
         """The finding of that cause; raises `KeyError`."""
@@ -89,16 +74,6 @@ class CheckReport:
         counts = self.severities
         return int(bool(counts["error"] or (strict and counts["warning"])))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values with stable keys: what `chatloss check --json` prints."""
-        return {
-            "tokenizer": self.tokenizer, **self.counts,
-            "trained_share": _share(self.counts["trained_tokens"], self.counts["tokens"]),
-            "turns_by_outcome": dict(self.turns), "tokens_by_reason": dict(self.reasons),
-            "row_lengths": dict(self.lengths), "turn_lengths": dict(self.turn_lengths),
-            "severities": self.severities, "findings": [finding.to_dict() for finding in self.findings],
-        }
-
     def findings_for_page(self) -> list[dict[str, Any]]:
         """The findings in the shape that `page.page(findings=...)` takes."""
         return [
@@ -108,6 +83,50 @@ class CheckReport:
             }
             for finding in self.findings
         ]
+
+    def finding_lines(self) -> list[Line]:
+        """What a terminal shows of them: cause, first example and remedy of each, and an empty line."""
+        lines = [line for finding in self.findings for line in _lines(finding)]
+        return [*lines, Line()] if lines else []
+
+    def verdict(self, more: str = "") -> Line:
+        """The last line: how many there are of each severity."""
+        counts = self.severities
+        told = [plural(counts["error"], "error"), plural(counts["warning"], "warning"), plural(counts["info"], "note")]
+        worst = next((severity for severity in SEVERITIES if counts[severity]), "info")
+        return Line(text=", ".join(told) + more, style=STYLES[worst] if worst != "info" else "bold green")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport(Findings):
+    """The result of an audit.
+
+    `counts` has the keys of `COUNTS`; refused_conversations and refused_turns are what encoding refuses under the
+    policy. `turns` counts every turn once, by status: the sum is counts["turns"]. `reasons` are tokens by reason,
+    `lengths` tokens of a row, `turn_lengths` trained tokens of a turn. `findings` are sorted by severity and count.
+    `samples`, `roles` and `untrained` are for a page.
+    """
+
+    tokenizer: str
+    counts: Mapping[str, int]
+    turns: Mapping[str, int]
+    reasons: Mapping[str, int]
+    lengths: Mapping[str, float]
+    turn_lengths: Mapping[str, float]
+    findings: tuple[CheckFinding, ...]
+    samples: tuple[Sample, ...] = field(default=(), repr=False)
+    roles: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    untrained: Mapping[str, Mapping[int, str]] = field(default_factory=dict, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values with stable keys: what `chatloss check --json` prints."""
+        return {
+            "tokenizer": self.tokenizer, **self.counts,
+            "trained_share": _share(self.counts["trained_tokens"], self.counts["tokens"]),
+            "turns_by_outcome": dict(self.turns), "tokens_by_reason": dict(self.reasons),
+            "row_lengths": dict(self.lengths), "turn_lengths": dict(self.turn_lengths),
+            "severities": self.severities, "findings": [finding.to_dict() for finding in self.findings],
+        }
 
     def summary_for_page(self) -> dict[str, object]:
         """Words for the line under a page's title."""
@@ -119,13 +138,7 @@ class CheckReport:
 
     def render(self, *, color: bool = True) -> Lines:
         """The report for a rich console (or `str()`): totals, then one cause after the other, the worst first."""
-        lines = [*self._totals(), Line()]
-        for finding in self.findings:
-            lines += finding_lines(finding)
-        if self.findings:
-            lines.append(Line())
-        lines.append(self._verdict())
-        return Lines(lines, color)
+        return Lines([*self._totals(), Line(), *self.finding_lines(), self._verdict()], color)
 
     def _totals(self) -> list[Line]:
         n = self.counts
@@ -148,21 +161,14 @@ class CheckReport:
         return lines
 
     def _verdict(self) -> Line:
-        counts = self.severities
-        told = [plural(counts["error"], "error"), plural(counts["warning"], "warning"), plural(counts["info"], "note")]
-        text = ", ".join(told)
         refused = self.counts["refused_conversations"]
         if refused:
-            text += f"; prepare and train would refuse {plural(refused, 'conversation')} as things stand"
-            text += f" ({plural(self.counts['refused_turns'], 'turn')})"
-        elif not counts["error"]:
-            text += "; nothing would be refused"
-        worst = next((severity for severity in SEVERITIES if counts[severity]), "info")
-        return Line(text=text, style=STYLES[worst] if worst != "info" else "bold green")
+            more = f"; prepare and train would refuse {plural(refused, 'conversation')} as things stand"
+            return self.verdict(f"{more} ({plural(self.counts['refused_turns'], 'turn')})")
+        return self.verdict("" if self.severities["error"] else "; nothing would be refused")
 
 
-def finding_lines(finding: CheckFinding) -> list[Line]:
-    """What a terminal shows of a finding: the cause, its first example, its remedy."""
+def _lines(finding: CheckFinding) -> list[Line]:
     style = STYLES[finding.severity]
     name = finding.cause.replace("_", " ")
     head = ((f"{MARKS[finding.severity]} {finding.severity:<8}", style), (f"{finding.count:>7,}  ", "bold"))

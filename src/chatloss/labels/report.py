@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chatloss.check_report import CheckFinding, finding_lines
-from chatloss.findings import SEVERITIES, STYLES, Line, Lines, plural
+from chatloss.check_report import CheckFinding, Findings
+from chatloss.findings import Line, Lines, plural
 from chatloss.labels.reconstruct import Kind
 from chatloss.sample import Sample
 
@@ -21,7 +20,7 @@ LABEL_COUNTS = ("input_rows", "rejected_rows", "documents", "turns", "trained_tu
 
 
 @dataclass(frozen=True, slots=True)
-class LabelsReport:
+class LabelsReport(Findings):
     """The result of an audit of rows that another tool made.
 
     `columns` counts rows by the name of the column that said what is trained. `kinds` maps what tokens are to (how
@@ -41,26 +40,6 @@ class LabelsReport:
     weights: Mapping[int, npt.NDArray[np.float32]] = field(default_factory=dict, repr=False)
     roles: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
 
-    def __getitem__(self, cause: str) -> CheckFinding:
-        """The finding of that cause; raises `KeyError`."""
-        for finding in self.findings:
-            if finding.cause == cause:
-                return finding
-        raise KeyError(cause)
-
-    def __contains__(self, cause: str) -> bool:
-        return any(finding.cause == cause for finding in self.findings)
-
-    @property
-    def severities(self) -> dict[str, int]:
-        counts = Counter(finding.severity for finding in self.findings)
-        return {severity: counts[severity] for severity in SEVERITIES}
-
-    def exit_code(self, strict: bool = False) -> int:
-        """1 if there are errors, or, with `strict`, warnings; else 0."""
-        counts = self.severities
-        return int(bool(counts["error"] or (strict and counts["warning"])))
-
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values with stable keys: what `chatloss check --labels --json` prints."""
         kinds = {kind.name.lower(): {"tokens": total, "trained": on} for kind, (total, on) in self.kinds.items()}
@@ -69,16 +48,6 @@ class LabelsReport:
             "severities": self.severities, "findings": [finding.to_dict() for finding in self.findings],
         }
         return {**out, "differences": dict(self.differences), "tokens_trained": dict(self.tokens)}
-
-    def findings_for_page(self) -> list[dict[str, Any]]:
-        """The findings in the shape that `page.page(findings=...)` takes."""
-        return [
-            {
-                "severity": finding.severity, "cause": f"{finding.cause.replace('_', ' ')}: {finding.text}",
-                "count": finding.count, "example": finding.example, "remedy": finding.remedy, "rows": finding.rows,
-            }
-            for finding in self.findings
-        ]
 
     def summary_for_page(self) -> dict[str, object]:
         """Words for the line under a page's title."""
@@ -90,13 +59,11 @@ class LabelsReport:
 
     def render(self, *, color: bool = True) -> Lines:
         """The report for a rich console (or `str()`): totals, what is trained, one finding after the other."""
-        lines = [*self._totals(), Line(), *self._trained(), Line(), *self._differences()]
-        for finding in self.findings:
-            lines += finding_lines(finding)
-        if self.findings:
-            lines.append(Line())
-        lines.append(self._verdict())
-        return Lines(lines, color)
+        n = self.counts
+        share = n["trained_tokens"] / n["tokens"] if n["tokens"] else 0.0
+        verdict = self.verdict(f"; {plural(n['trained_tokens'], 'token')} trained ({share:.1%})")
+        told = [*self._totals(), Line(), *self._trained(), Line(), *self._differences(), *self.finding_lines()]
+        return Lines([*told, verdict], color)
 
     def _totals(self) -> list[Line]:
         n = self.counts
@@ -129,12 +96,3 @@ class LabelsReport:
             style = "green" if name == "equal" else "yellow"
             lines.append(Line(((f"{name.replace('_', ' '):>24} ", style), (f"{count:>11,}", ""))))
         return [*lines, Line()]
-
-    def _verdict(self) -> Line:
-        counts = self.severities
-        told = [plural(counts["error"], "error"), plural(counts["warning"], "warning"), plural(counts["info"], "note")]
-        n = self.counts
-        share = n["trained_tokens"] / n["tokens"] if n["tokens"] else 0.0
-        text = f"{', '.join(told)}; {plural(n['trained_tokens'], 'token')} trained ({share:.1%})"
-        worst = next((severity for severity in SEVERITIES if counts[severity]), "info")
-        return Line(text=text, style=STYLES[worst] if worst != "info" else "bold green")
