@@ -20,8 +20,8 @@ ORDER = [
     "fields", "reference", "places", "tokens", "load", "fast_tokens", "rows", "window", "encode", "markers", "pairs",
     "pipeline", "reduction", "pack", "batch", "manifest", "dataset", "shards", "prepare", "cluster",
     # torch starts here
-    "loss", "config", "parallel", "step", "attention", "models", "checkpoint", "log", "evaluate", "objective", "answers",
-    "references", "preference", "kto", "objectives", "trainer", "verify",
+    "loss", "config", "parallel", "step", "attention", "models", "checkpoint", "log", "evaluate", "objective",
+    "answers", "references", "preference", "kto", "objectives", "trainer", "verify",
     # edges
     "sft", "hf", "runs", "view", "page", "findings", "switches", "probes", "describe_turns", "describe_fields",
     "describe", "causes", "audit", "tally", "check_report", "check", "labels", "compare_shares", "compare_report",
