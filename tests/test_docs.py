@@ -33,7 +33,8 @@ def run_page(page: Path, folder: Path, slow: bool) -> None:
     shutil.copytree(tokenizer_directory(), folder / "tokenizer")
     shutil.copy(chats_file(), folder / "chats.jsonl")
     shutil.copy(chats_file(), folder / "data.jsonl")
-    shutil.copy(tokenizer_directory().parent / "messy.jsonl", folder / "messy.jsonl")
+    for name in ("messy.jsonl", "preferences.jsonl"):
+        shutil.copy(tokenizer_directory().parent / name, folder / name)
     bin_folder = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "NO_COLOR": "1",
                    "PYTHONPATH": str(ROOT)}

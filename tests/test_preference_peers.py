@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_trl_cuts_each_side_of_a_pair_on_its_own() -> None:
     assert batch["completion_mask"].tolist() == [[0, 0, 1, 0], [0, 0, 1, 1]]  # the rejected answer lost its stop
 
 
-def test_trl_trains_the_newline_behind_the_stop_of_a_chatml_template() -> None:
+def test_trl_trains_the_newline_behind_the_stop_of_a_chatml_template(tmp_path: Path) -> None:
     import datasets
     import transformers
     import trl
@@ -66,6 +67,6 @@ def test_trl_trains_the_newline_behind_the_stop_of_a_chatml_template() -> None:
            "rejected": [{"role": "assistant", "content": "b"}]}
     bare = trl.DPOTrainer.__new__(trl.DPOTrainer)
     bare._tokenizer = tokenizer
-    config = trl.DPOConfig(output_dir="unused", report_to=[], use_cpu=True, bf16=False)
+    config = trl.DPOConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False)
     [made] = bare._prepare_dataset(datasets.Dataset.from_list([row]), tokenizer, config, "train")
     assert tokenizer.decode(made["chosen_ids"]) == "a<|im_end|>\n"
