@@ -26,6 +26,8 @@ from tests import assets
 
 PAIRS = {"qwen3": "qwen3_training", "qwen2.5": "qwen2_5_training", "llama3": "llama3_training",
          "gpt-oss": "gptoss_training", "deepseek-v3": "deepseekv3_training"}
+# The template that TRL ships beside its tagged one puts a thought into every prompt: all chats here are off-prompt.
+TEMPLATES = {"deepseek-v3": "yujiepan-deepseek-v3-tiny-random"}
 METHODS = ("fast", "reference", "trl", "transformers")
 DATA = ("tools", "plain", "agent")
 THREADS = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -80,7 +82,7 @@ def chatloss(pair: str, rows: list[dict[str, Any]], backend: str) -> dict[str, A
     from chatloss.prepare import Job, run_shard
     from chatloss.shards import inputs_of, shards_of
 
-    job = Job(str(assets.tokenizer_dir(pair)), clock="2026-01-02T03:04:05", backend=backend)
+    job = Job(str(assets.tokenizer_dir(pair)), own_template(pair), clock="2026-01-02T03:04:05", backend=backend)
     encoder = job.encoder()
     list(islice((encoder.examine(c) for c in conversations(rows[:2])), 2))
     with tempfile.TemporaryDirectory() as folder:
@@ -106,9 +108,14 @@ def megabytes(pair: str, rows: list[dict[str, Any]]) -> float:
     """Rendered once each by the model's own template."""
     from chatloss.encode import ChatEncoder
 
-    encoder = ChatEncoder.load(assets.tokenizer_dir(pair))
+    encoder = ChatEncoder.load(assets.tokenizer_dir(pair), own_template(pair))
     texts = (encoder.rendering(c).text(len(c.messages)) or "" for c in conversations(rows))
     return sum(len(text.encode()) for text in texts) / 1e6
+
+
+def own_template(pair: str) -> str | None:
+    """None: the one in the tokenizer's directory."""
+    return assets.templates()[TEMPLATES[pair]] if pair in TEMPLATES else None
 
 
 def tagged_tokenizer(pair: str) -> Any:

@@ -18,7 +18,7 @@ PACKAGE = Path(chatloss.__file__).parent
 ORDER = [
     "errors", "chat", "sample", "policy", "formats", "streams", "tables", "reader", "meter", "sandbox", "template",
     "fields", "reference", "places", "tokens", "load", "fast_tokens", "rows", "window", "encode", "markers", "pairs",
-    "pipeline", "reduction", "pack", "batch", "manifest", "dataset", "shards", "prepare", "cluster",
+    "pipeline", "reduction", "pack", "batch", "manifest", "columns", "dataset", "shards", "prepare", "cluster",
     # torch starts here
     "loss", "config", "parallel", "step", "attention", "models", "checkpoint", "log", "evaluate", "objective",
     "answers", "references", "preference", "kto", "objectives", "trainer", "verify",

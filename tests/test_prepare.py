@@ -252,6 +252,35 @@ def test_an_input_that_cannot_be_read_is_named(chats: Path, data: str, what: str
         prepare([str(chats), str(chats)], "out", JOB)
 
 
+# -- the command --
+
+
+def chatloss(*arguments: str) -> int:
+    from chatloss.cli import main
+
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--tokenizer", JOB.tokenizer])
+    return int(stop.value.code or 0)
+
+
+def test_the_command_prepares_says_so_and_refuses_changes(chats: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert chatloss("prepare", str(chats), "-o", "out") == 0
+    out, err = capfd.readouterr()
+    assert not out and "265 rows of 265 conversations" in err and "\r" not in err
+    assert chatloss("prepare", str(chats), "-o", "out", "--turns", "last") == 1
+    assert "policy.turns" in capfd.readouterr().err
+    assert chatloss("prepare", str(chats), "-o", "other", "--max-rejects", "2") == 2
+    assert chatloss("prepare", "missing.jsonl", "-o", "other") == 1
+
+
+def test_a_prepared_directory_is_viewed_as_the_chats_are(chats: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    prepare([str(chats)], "out", JOB)
+    assert chatloss("view", str(chats), "-n", "7", "--json") == 0
+    wanted = capfd.readouterr().out
+    assert chatloss("view", "out", "-n", "7", "--json") == 0
+    assert capfd.readouterr().out == wanted and wanted.count("\n") == 7
+
+
 # -- kill -9 --
 
 

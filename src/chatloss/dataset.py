@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import numpy.typing as npt
 
+from chatloss.columns import SPANS, schema, table
 from chatloss.errors import DataError
 from chatloss.manifest import differences, fingerprints
 from chatloss.sample import Decode, Reason, Sample, Span
@@ -30,35 +31,6 @@ __all__ = ["MANIFEST", "Joined", "Prepared", "ShardWriter", "is_prepared"]
 MANIFEST = "manifest.json"
 GROUP_TOKENS = 2**16  # of a row group: what is decoded to read one example
 KEPT_GROUPS, KEPT_FILES = 16, 64
-SPANS = ("span_ends", "span_messages", "span_weights", "span_reasons")
-
-
-def schema(export: str) -> Any:
-    """The Arrow schema of a shard: all that a `Sample` holds ("rows"), or what other trainers read ("labels").
-
-    `conversation` numbers the conversations of a shard, `conversation_trained` counts the trained tokens of all its
-    rows. A span starts where the one before it ends. `turns` holds `Sample.outcomes` and `Sample.untrained`.
-    """
-    import pyarrow as pa
-
-    ids = pa.list_(pa.field("element", pa.int32(), nullable=False))
-    if export == "labels":
-        mask = pa.list_(pa.field("element", pa.int8(), nullable=False))  # axolotl asks for one
-        return pa.schema([
-            pa.field("input_ids", ids, False), pa.field("attention_mask", mask, False), pa.field("labels", ids, False)
-        ])
-    turn = pa.struct([
-        pa.field("message", pa.int32(), nullable=False), pa.field("outcome", pa.string()),
-        pa.field("untrained", pa.string()),
-    ])
-    types = {
-        "file": pa.string(), "row": pa.int64(), "conversation": pa.int32(), "conversation_trained": pa.int64(),
-        "input_ids": ids, "span_ends": ids, "span_messages": ids,
-        "span_weights": pa.list_(pa.field("element", pa.float32(), nullable=False)),
-        "span_reasons": pa.list_(pa.field("element", pa.uint8(), nullable=False)),
-        "turns": pa.list_(pa.field("element", turn, nullable=False)),
-    }
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
 
 
 class ShardWriter:
@@ -98,67 +70,9 @@ class ShardWriter:
 
     def _flush(self) -> None:
         if self._waiting:
-            table = _labels_table if self.export == "labels" else _rows_table
-            self._file.write_table(table(self._waiting, self.schema), row_group_size=len(self._waiting))
+            made = table(self._waiting, self.schema, self.export)
+            self._file.write_table(made, row_group_size=len(self._waiting))
             self._waiting, self._tokens = [], 0
-
-
-def _lists(arrays: Sequence[npt.NDArray[Any]], kind: Any) -> Any:
-    """A list column of NumPy arrays, without a Python object for any element."""
-    import pyarrow as pa
-
-    offsets = np.zeros(len(arrays) + 1, np.int32)
-    np.cumsum([len(array) for array in arrays], out=offsets[1:])
-    values = pa.array(np.concatenate(arrays), kind.value_type)
-    return pa.ListArray.from_arrays(pa.array(offsets), values, type=kind)
-
-
-def _labels_table(rows: Sequence[tuple[int, Sample]], schema: Any) -> Any:
-    import pyarrow as pa
-
-    columns = {
-        "input_ids": [row.input_ids for _, row in rows],
-        "attention_mask": [np.ones(len(row), np.int8) for _, row in rows],
-        "labels": [row.labels.astype(np.int32) for _, row in rows],
-    }
-    return pa.Table.from_arrays(
-        [_lists(arrays, schema.field(name).type) for name, arrays in columns.items()], schema=schema
-    )
-
-
-def _rows_table(rows: Sequence[tuple[int, Sample]], schema: Any) -> Any:
-    import pyarrow as pa
-
-    samples = [row for _, row in rows]
-    trained: dict[int, int] = {}
-    for number, row in rows:
-        trained[number] = trained.get(number, 0) + row.n_trained
-    places = [row.source.rpartition(":") for row in samples]
-    spans: dict[str, list[npt.NDArray[Any]]] = {
-        "span_ends": [np.array([s.end for s in row.spans], np.int32) for row in samples],
-        "span_messages": [np.array([s.message for s in row.spans], np.int32) for row in samples],
-        "span_weights": [np.array([s.weight for s in row.spans], np.float32) for row in samples],
-        "span_reasons": [np.array([s.reason for s in row.spans], np.uint8) for row in samples],
-    }
-    columns: dict[str, Any] = {
-        "file": [file for file, _, _ in places], "row": [int(row) for _, _, row in places],
-        "conversation": [number for number, _ in rows], "conversation_trained": [trained[number] for number, _ in rows],
-        "input_ids": _lists([row.input_ids for row in samples], schema.field("input_ids").type),
-        **{name: _lists(arrays, schema.field(name).type) for name, arrays in spans.items()},
-        "turns": [_turns(row) for row in samples],
-    }
-    arrays = [
-        column if isinstance(column, pa.Array) else pa.array(column, schema.field(name).type)
-        for name, column in columns.items()
-    ]
-    return pa.Table.from_arrays(arrays, schema=schema)
-
-
-def _turns(row: Sample) -> list[dict[str, Any]]:
-    return [
-        {"message": message, "outcome": row.outcomes.get(message), "untrained": row.untrained.get(message)}
-        for message in sorted({*row.outcomes, *row.untrained})
-    ]
 
 
 def is_prepared(path: str | Path) -> bool:

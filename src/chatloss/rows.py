@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -46,13 +45,13 @@ class TurnIds:
     def token_at(self, char: int) -> int:
         """The index of the first token that starts at or after character `char` of `text`."""
         if self.starts is not None:
-            return int(np.searchsorted(self.starts, char, side="left"))
+            return int(self.starts.searchsorted(char))
         return self._search(char)[0]
 
     def token_over(self, char: int) -> int:
         """The index of the first token that holds any of character `char` of `text`."""
         if self.ends is not None:
-            return int(np.searchsorted(self.ends, char, side="right"))
+            return int(self.ends.searchsorted(char, "right"))
         token, start = self._search(char)
         return token if start == char else max(token - 1, 0)
 
@@ -115,11 +114,18 @@ def group(turns: Sequence[TurnIds], row_format: str) -> list[list[TurnIds]]:
         base = left.pop()
         members = [base]
         if row_format != "per_turn":
-            members += [t for t in left if np.array_equal(base.ids[: len(t.ids)], t.ids) and len(t.ids) <= base.context]
+            members += [t for t in left if len(t.ids) <= base.context and _begins_with(base.ids, t)]
             taken = {id(t) for t in members}
             left = [t for t in left if id(t) not in taken]
         rows.append(sorted(members, key=lambda t: t.turn.index))
     return sorted(rows, key=lambda row: row[-1].turn.index)
+
+
+def _begins_with(ids: Ids, turn: TurnIds) -> bool:
+    n = len(turn.ids)
+    # Where rows differ they mostly do at once, in the first target.
+    target = slice(turn.context, min(turn.context + 8, n))
+    return np.array_equal(ids[target], turn.ids[target]) and np.array_equal(ids[:n], turn.ids)
 
 
 def sample(
@@ -229,9 +235,8 @@ def _spans(
 ) -> tuple[Span, ...]:
     if not len(message):
         return ()
-    changes = (np.diff(message) != 0) | (np.diff(reason) != 0) | (np.diff(weight) != 0)
-    edges = [0, *(np.flatnonzero(changes) + 1).tolist(), len(message)]
-    return tuple(
-        Span(a, b, int(message[a]), float(weight[a]), Reason(int(reason[a])))
-        for a, b in pairwise(edges)
-    )
+    changes = (message[1:] != message[:-1]) | (reason[1:] != reason[:-1]) | (weight[1:] != weight[:-1])
+    starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
+    ends = [*starts[1:].tolist(), len(message)]
+    values = zip(message[starts].tolist(), weight[starts].tolist(), map(Reason, reason[starts].tolist()), strict=True)
+    return tuple(Span(a, b, *value) for a, b, value in zip(starts.tolist(), ends, values, strict=True))

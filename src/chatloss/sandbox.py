@@ -8,17 +8,18 @@ it is no substitute for running a template you distrust in a process of its own.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import datetime
 from string import Formatter
-from typing import Any
+from typing import Any, NoReturn
 
 from jinja2 import nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.exceptions import TemplateError as JinjaError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context
+from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
@@ -45,6 +46,7 @@ class _Generation(Extension):
 
 # Filters that only `_Count` writes into a template: jinja compiles a filter to a plain call, and no name has a space.
 _TICK, _EACH, _WEIGHED, _SLICED, _CONCATENATED = " tick", " each", " weighed", " sliced", " concatenated"
+_SEARCHED = " searched"
 
 
 class _Count(NodeTransformer):
@@ -87,7 +89,7 @@ class _Count(NodeTransformer):
             if not (_constant(right) or (_constant(left) and operand.op not in ("in", "notin"))):
                 if left is node.expr:
                     node.expr = _filter(_WEIGHED, left)
-                operand.expr = _filter(_WEIGHED, right)
+                operand.expr = _filter(_SEARCHED if operand.op in ("in", "notin") else _WEIGHED, right)
             left = right
         return node
 
@@ -166,7 +168,7 @@ class _EscapeFormatter(_Formatter, EscapeFormatter):
 
 
 # Filters that read all of their input at once: an iterator is read here, counted, and handed on as a list.
-_EAGER = frozenset("join list sum sort unique min max groupby batch slice reverse last string tojson pprint".split())
+_EAGER = frozenset("join list sum sort unique min max groupby batch slice reverse last string pprint".split())
 # Filters that do not look into their input.
 _SHALLOW = frozenset("map select reject selectattr rejectattr first default d attr length count items safe".split())
 # Filters that are slow.
@@ -179,6 +181,9 @@ _WIDE_METHODS = frozenset("ljust rjust center zfill expandtabs to_bytes".split()
 _SHORT = 1024
 _PLAIN_METHODS = frozenset("strip lstrip rstrip startswith endswith split rsplit upper lower title capitalize".split())
 _PLAIN_FILTERS = frozenset("trim string safe upper lower length default d tojson".split())
+_DICT_METHODS = frozenset(dir(dict))
+_PLAIN_VALUES = frozenset((str, int, bool, float, list, dict))
+_LOOP_VALUES = frozenset("first last index index0 revindex revindex0 length".split())
 _NUMERIC_TESTS = frozenset("odd even divisibleby".split())
 _READING_TESTS = frozenset("== eq equalto != ne > gt greaterthan >= ge < lt lessthan <= le in lower upper".split())
 
@@ -202,7 +207,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self.tests[name] = self._bounded(name, tests[name], self._before_test)
         own: dict[str, Callable[..., Any]] = {
             _TICK: meter.tick, _EACH: meter.each, _WEIGHED: meter.weighed, _SLICED: self._sliced,
-            _CONCATENATED: self._concatenated,
+            _CONCATENATED: self._concatenated, _SEARCHED: self._searched,
         }
         self.filters |= {name: _never_folded(function) for name, function in own.items()}
         self.globals["raise_exception"] = _raise_exception
@@ -215,6 +220,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
         return _Count().visit(tree)  # type: ignore[no-any-return]
+
+    def handle_exception(self, source: str | None = None) -> NoReturn:
+        # jinja's own compiles code to make a traceback through the template, for every conversation that is refused.
+        error = sys.exc_info()[1]
+        assert error is not None
+        raise error
 
     def _finalize(self, value: Any) -> str:
         return self.meter.write(value if type(value) is str else self._text(value))
@@ -231,6 +242,23 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(value, list | tuple | str):
             self.meter.tick(len(value) >> 8)
         return self.meter.spend(value[slice(*limits)])
+
+    def _searched(self, value: Any) -> Any:
+        # A key is looked up in a dict at once.
+        return value if type(value) is dict else self.meter.weighed(value)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """What jinja's own does, sooner for what templates mostly read: keys of messages, where a loop stands."""
+        kind = type(obj)
+        if kind is dict and attribute not in _DICT_METHODS:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        if (kind is LoopContext and attribute in _LOOP_VALUES) or (kind is str and attribute in _PLAIN_METHODS):
+            return getattr(obj, attribute)
+        if kind is _SafeNamespace and not attribute.startswith("_"):
+            value = getattr(obj, attribute, None)
+            if type(value) in _PLAIN_VALUES:
+                return value
+        return super().getattr(obj, attribute)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         if super().wrap_str_format(value) is None:

@@ -16,6 +16,7 @@ from chatloss.errors import UsageError
 from chatloss.options import Source, reading_options
 
 if TYPE_CHECKING:
+    from chatloss.encode import ChatEncoder
     from chatloss.pipeline import Encoded
 
 __all__ = ["check", "compare", "encode", "template", "view"]
@@ -32,12 +33,15 @@ __all__ = ["check", "compare", "encode", "template", "view"]
 def view(
     source: Source, count: int, row: int | None, html: str | None, ids: bool, weights: bool, as_json: bool
 ) -> None:
-    """Show tokens in colour, with what is trained, by how much and why."""
+    """Show tokens in colour, with what is trained, by how much and why. DATA may be a prepared directory."""
+    from chatloss.dataset import is_prepared
     from chatloss.pipeline import encodings
     from chatloss.view import render_sample, render_summary
 
     encoder, reader = source.encoder(), source.reader(lenient=True)
     made: Iterable[Encoded] = encodings(reader, encoder, markers=source.markers(encoder))
+    if any(map(is_prepared, source.data)):
+        made = _prepared(source, encoder)
     asked = click.get_current_context().get_parameter_source("count")
     if row is not None:
         made = islice(made, row - 1, row)
@@ -218,6 +222,19 @@ def compare(source: Source, html: str | None, as_json: bool, micro_rows: str, ra
                    rejects=reader.rejects)
         print(f"wrote {html}", file=sys.stderr)
 
+
+
+def _prepared(source: Source, encoder: ChatEncoder) -> Iterable[Encoded]:
+    """The examples of prepared directories; what they were made of is not in them."""
+    from chatloss.dataset import Prepared
+    from chatloss.encode import Encoding
+    from chatloss.pipeline import Encoded
+
+    for directory in source.data:
+        prepared = Prepared(directory, encoder.decode)
+        prepared.check_made_with(encoder)
+        for rows in prepared:
+            yield Encoded(None, Encoding(rows, rows[0].outcomes, rows[0].untrained, ()))
 
 
 def _roles(made: Encoded) -> list[str] | None:
