@@ -15,14 +15,16 @@ from click.testing import CliRunner
 
 from chatloss.chat import Label, Preference
 from chatloss.cli import cli
-from chatloss.demo import tokenizer_directory
+from chatloss.config import Recipe
+from chatloss.demo import chats_file, tokenizer_directory
 from chatloss.encode import ChatEncoder
-from chatloss.errors import DataError
+from chatloss.errors import DataError, RecipeError
 from chatloss.formats import parse
 from chatloss.pairs import Pair, answer_of, answers_of, examine_pair, mismatched, pair_of, prompt_ids
 from chatloss.pipeline import answers, pairs
 from chatloss.policy import Policy
 from chatloss.reader import read
+from chatloss.sft import encode_preferences
 from tests import assets
 from tests.oracle import violations
 
@@ -236,3 +238,21 @@ def test_examining_a_pair_that_cannot_be_rendered_tells_it_and_raises_nothing() 
     row = preference("Hi", "a <|im_end|> b", "c")
     problems = [problem.cause for encoding in examine_pair(encoder(), row) for problem in encoding.problems]
     assert "control_tokens" in problems
+
+
+def test_training_counts_pairs_that_the_policy_drops_or_cuts_and_refuses_prepared_directories(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "Hi", "chosen": "a", "rejected": text} for text in ("b", LONG, "c")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for overflow, kept, told in (("drop", 2, "left out 1 rows"), ("right", 3, "cut 1 answers")):
+        data = {"train": [str(file)], "max_length": 60, "overflow": overflow}
+        recipe = Recipe.from_dict({"objective": "dpo", "data": data})
+        made, _ = encode_preferences(recipe, encoder(max_length=60, overflow=overflow), [str(file)])
+        assert len(made) == kept
+        assert told in capsys.readouterr().err
+    made_of = ["prepare", str(chats_file()), "-o", str(tmp_path / "prepared"), "-t", str(tokenizer_directory())]
+    assert CliRunner().invoke(cli, made_of).exit_code == 0
+    with pytest.raises(RecipeError, match="holds conversations, not pairs"):
+        encode_preferences(recipe, encoder(), [str(tmp_path / "prepared")])

@@ -411,6 +411,14 @@ def test_metrics_are_those_people_expect_and_hold_by_hand(tmp_path: Path) -> Non
         side.n_trained for pair in pairs(3, seed=7, references=False) for side in (pair.chosen, pair.rejected))
 
 
+def test_held_out_pairs_may_be_longer_than_any_micro_batch_of_the_training_data(tmp_path: Path) -> None:
+    longer = pairs(3, seed=7, most=60, references=False)
+    for mode in ("precomputed", "frozen"):
+        result = run(tmp_path / mode, evaluated=longer, batch={"examples": 4, "micro_tokens": 90},
+                     run={"steps": 1, "eval_every": 1}, dpo={"reference": mode})
+        assert records(result, "eval")[0]["loss"] == pytest.approx(math.log(2), rel=1e-4)
+
+
 @pytest.mark.parametrize("loss", ["kto", "orpo", "apo_down"])
 def test_other_objectives_train(tmp_path: Path, loss: str) -> None:
     examples = judged(5, references=False) if loss == "kto" else None

@@ -14,7 +14,7 @@ from chatloss.errors import RecipeError
 from chatloss.kto import Unpaired
 from chatloss.loss.model import TokenLoss
 from chatloss.loss.preference import LOSSES, LossOptions, find
-from chatloss.objective import Objective, Supervised
+from chatloss.objective import Objective, Supervised, widened
 from chatloss.preference import NLLTerm, Paired
 from chatloss.reduction import Reduction
 from chatloss.references import (
@@ -115,6 +115,8 @@ def refer(
     if isinstance(objective, Supervised) or (isinstance(objective, Paired) and not objective.loss.reference):
         return Referred(objective, examples, eval_examples)
     assert isinstance(objective, Paired | Unpaired)
+    if eval_examples:  # held-out rows may be longer than any micro-batch of the training data
+        machine = replace(machine, layout=widened(machine.layout, objective.survey(eval_examples).widest))
     settings = recipe.dpo or Dpo()
     parallel = recipe.run.parallel if machine.world.size > 1 else "ddp"
     if settings.reference == "adapter_off":

@@ -17,7 +17,7 @@ from chatloss.errors import RecipeError
 from chatloss.pairs import mismatched, prompt_ids
 from chatloss.pipeline import answers, examples, pairs
 from chatloss.policy import Policy
-from chatloss.reader import read
+from chatloss.reader import Reader, read
 from chatloss.sample import Sample
 
 if TYPE_CHECKING:
@@ -61,11 +61,7 @@ def encode_files(
             prompts.append(_first_prompt(one.encoding.rows[0]))
             cut += sum(why == "truncated" for why in one.encoding.untrained.values())
     finally:
-        if reader.rejects and rejects is not None:
-            rejects.parent.mkdir(parents=True, exist_ok=True)
-            reader.write_rejects(rejects)
-            kinds = ", ".join(f"{count} {kind}" for kind, count in reader.reject_counts.most_common())
-            print(f"rejected {reader.n_rejected} of {reader.n_rows} rows ({kinds}); see {rejects}", file=sys.stderr)
+        _tell_rejects(reader, rejects)
     if cut:
         print(f"left out {cut} turns that max_length cuts; see --overflow", file=sys.stderr)
     return made, prompts
@@ -91,22 +87,38 @@ def encode_preferences(
     recipe: Recipe, encoder: ChatEncoder, files: Sequence[str], *, rejects: Path | None = None
 ) -> tuple[list[Any], list[list[int]]]:
     """(pairs, or judged answers for KTO; prompts); rejected rows are treated as `encode_files` does."""
-    reader = read(list(files), input_format=recipe.data.input_format or "auto", max_rejects=recipe.data.max_rejects)
     from chatloss.objectives import is_unpaired
 
+    prepared = next(filter(is_prepared, files), None)
+    if prepared is not None:
+        raise RecipeError("a prepared directory holds conversations, not pairs", where=f"data: {prepared}",
+                          hint="give the files with the preference rows")
+    reader = read(list(files), input_format=recipe.data.input_format or "auto", max_rejects=recipe.data.max_rejects)
     made: list[Any] = []
     unpaired = is_unpaired(recipe)
     try:
         made += answers(reader, encoder) if unpaired else pairs(reader, encoder)
     finally:
-        if reader.rejects and rejects is not None:
-            rejects.parent.mkdir(parents=True, exist_ok=True)
-            reader.write_rejects(rejects)
-            kinds = ", ".join(f"{count} {kind}" for kind, count in reader.reject_counts.most_common())
-            print(f"rejected {reader.n_rejected} of {reader.n_rows} rows ({kinds}); see {rejects}", file=sys.stderr)
-    asked = made if unpaired else [pair.chosen for pair in made]
-    prompts = [prompt_ids(answer.rows).tolist() for answer in asked[: recipe.run.samples]]
+        _tell_rejects(reader, rejects)
+    first = made if unpaired else [pair.chosen for pair in made]
+    every = made if unpaired else [side for pair in made for side in (pair.chosen, pair.rejected)]
+    kept = {answer.source.removesuffix(" chosen").removesuffix(" rejected") for answer in every}
+    dropped = reader.n_rows - reader.n_rejected - len(kept)
+    if dropped:
+        print(f"left out {dropped} rows that max_length cuts; see --overflow", file=sys.stderr)
+    cut = sum("truncated" in answer.rows[0].untrained.values() for answer in every)
+    if cut:
+        print(f"cut {cut} answers at max_length; see --overflow", file=sys.stderr)
+    prompts = [prompt_ids(answer.rows).tolist() for answer in first[: recipe.run.samples]]
     return (mismatched(made) if unpaired else made), prompts
+
+
+def _tell_rejects(reader: Reader, rejects: Path | None) -> None:
+    if reader.rejects and rejects is not None:
+        rejects.parent.mkdir(parents=True, exist_ok=True)
+        reader.write_rejects(rejects)
+        kinds = ", ".join(f"{count} {kind}" for kind, count in reader.reject_counts.most_common())
+        print(f"rejected {reader.n_rejected} of {reader.n_rows} rows ({kinds}); see {rejects}", file=sys.stderr)
 
 
 def _first_prompt(row: Sample) -> list[int]:
