@@ -43,7 +43,7 @@ def token_nll(hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: T
     """``nll_t = logsumexp(W h_t + b) - (W h_t + b)[target_t]`` of every token, [N], each with a gradient of its own.
 
     Shapes, dtypes and `chunk` as in `weighted_nll`, for losses whose token weights follow from the values themselves.
-    Logits are computed twice, a chunk at a time: only their logsumexp is kept for the backward pass.
+    Logits are computed twice, a chunk at a time: nothing of their size is kept for the backward pass.
 
     >>> h, w = torch.randn(5, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
     >>> target = torch.tensor([0, 6, 3, 2, 2])
@@ -90,36 +90,39 @@ class _TokenNLL(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, rows: int
     ) -> Tensor:
-        total = torch.empty(len(hidden), dtype=_at_least_float32(hidden), device=hidden.device)  # log sum exp logits
-        chosen = torch.empty_like(total)
+        nll = torch.empty(len(hidden), dtype=_at_least_float32(hidden), device=hidden.device)
         for start in range(0, len(hidden), rows):
             at = slice(start, start + rows)
-            logits = torch.nn.functional.linear(hidden[at], weight, bias).to(total.dtype)
-            total[at] = logits.logsumexp(-1)
-            chosen[at] = logits.gather(1, target_ids[at, None]).squeeze(1)
-        ctx.save_for_backward(hidden, weight, bias, target_ids, total)
+            logits = torch.nn.functional.linear(hidden[at], weight, bias).to(nll.dtype)
+            logits -= logits.max(-1, keepdim=True).values
+            chosen = logits.gather(1, target_ids[at, None])
+            nll[at] = (logits.exp_().sum(-1, keepdim=True).log() - chosen).squeeze(1)
+        ctx.save_for_backward(hidden, weight, bias, target_ids)
         ctx.rows = rows
-        return total - chosen
+        return nll
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, target_ids, total = ctx.saved_tensors
-        wants = ctx.needs_input_grad
+        hidden, weight, bias, target_ids = ctx.saved_tensors
+        wants, acc = ctx.needs_input_grad, _at_least_float32(hidden)
         d_hidden = torch.empty_like(hidden) if wants[0] else None
-        d_weight = torch.zeros_like(weight, dtype=total.dtype) if wants[1] else None
-        d_bias = torch.zeros_like(bias, dtype=total.dtype) if wants[2] and bias is not None else None
+        d_weight = torch.zeros_like(weight, dtype=acc) if wants[1] else None
+        d_bias = torch.zeros_like(bias, dtype=acc) if wants[2] and bias is not None else None
         for start in range(0, len(hidden), ctx.rows):
             at = slice(start, start + ctx.rows)
-            g = grads[0][at, None].to(total.dtype)
-            logits = torch.nn.functional.linear(hidden[at], weight, bias).to(total.dtype)
-            d_logits = logits.sub_(total[at, None]).exp_().mul_(g)
+            g = grads[0][at, None].to(acc)
+            # g * (softmax - one_hot), in the logits' own memory.
+            logits = torch.nn.functional.linear(hidden[at], weight, bias).to(acc)
+            logits -= logits.max(-1, keepdim=True).values
+            z = logits.exp_().sum(-1, keepdim=True)
+            d_logits = logits.mul_(g / z)
             d_logits.scatter_add_(1, target_ids[at, None], -g)
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
             low = d_logits.to(hidden.dtype)
             if d_hidden is not None:
-                d_hidden[at] = low @ weight
-            if d_weight is not None and low.dtype == total.dtype:
+                torch.mm(low, weight, out=d_hidden[at])
+            if d_weight is not None and low.dtype == acc:
                 d_weight.addmm_(low.T, hidden[at])
             elif d_weight is not None:
                 d_weight += low.T @ hidden[at]
