@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("exactness", "invariance", "head_memory", "fill", "row_formats", "hf", "training")
+NAMES = ("exactness", "invariance", "head_memory", "fill", "row_formats", "hf", "training", "preference")
 
 
 def main() -> int:
