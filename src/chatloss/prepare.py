@@ -294,7 +294,8 @@ def _in_processes(shards: Iterator[Shard], job: Job, directory: Path, workers: i
         while running:
             yield from _ended(running)
     except BrokenProcessPool:
-        hint = "was it killed for want of memory? The same command goes on where it stopped; try fewer --workers"
+        hint = ("was it killed for want of memory? The same command goes on where it stopped; try fewer --workers. A "
+                "script that calls prepare needs: if __name__ == '__main__'")
         raise ChatlossError("a worker process died", where=str(directory), hint=hint, kind="worker") from None
     finally:
         pool.shutdown(cancel_futures=True)
