@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -127,15 +128,14 @@ def refer(
         objective = replace(objective, reference=frozen_reference(frozen, machine, parallel))
         return Referred(objective, examples, eval_examples)
     directory = Path(settings.cache) if settings.cache else Path(recipe.output) / "reference"
-    if fingerprint:
-        def load() -> Reference:
-            return frozen_reference(frozen_model(recipe, policy.own_logits, vocab_size), machine, parallel)
-    else:
-        model = frozen_model(recipe, policy.own_logits, vocab_size)
+    model = None if fingerprint else frozen_model(recipe, policy.own_logits, vocab_size)
+    if model is not None:
         fingerprint = fingerprint_of(model.inner, machine.autocast)
 
-        def load() -> Reference:
-            return frozen_reference(model, machine, parallel)
+    @cache  # a model can be sharded once only
+    def load() -> Reference:
+        return frozen_reference(model or frozen_model(recipe, policy.own_logits, vocab_size), machine, parallel)
+
     sets = []
     for given in (examples, eval_examples):
         answers = [answer for example in given for answer in objective.answers(example)]
