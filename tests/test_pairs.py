@@ -16,9 +16,9 @@ from click.testing import CliRunner
 from chatloss.chat import Label, Preference
 from chatloss.cli import cli
 from chatloss.config import Recipe
-from chatloss.demo import chats_file, tokenizer_directory
+from chatloss.demo import tokenizer_directory
 from chatloss.encode import ChatEncoder
-from chatloss.errors import DataError, RecipeError
+from chatloss.errors import DataError
 from chatloss.formats import parse
 from chatloss.pairs import Pair, answer_of, answers_of, examine_pair, mismatched, pair_of, prompt_ids
 from chatloss.pipeline import answers, pairs
@@ -240,7 +240,7 @@ def test_examining_a_pair_that_cannot_be_rendered_tells_it_and_raises_nothing() 
     assert "control_tokens" in problems
 
 
-def test_training_counts_pairs_that_the_policy_drops_or_cuts_and_refuses_prepared_directories(
+def test_training_counts_pairs_that_the_policy_drops_or_cuts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "pairs.jsonl"
@@ -252,7 +252,3 @@ def test_training_counts_pairs_that_the_policy_drops_or_cuts_and_refuses_prepare
         made, _ = encode_preferences(recipe, encoder(max_length=60, overflow=overflow), [str(file)])
         assert len(made) == kept
         assert told in capsys.readouterr().err
-    made_of = ["prepare", str(chats_file()), "-o", str(tmp_path / "prepared"), "-t", str(tokenizer_directory())]
-    assert CliRunner().invoke(cli, made_of).exit_code == 0
-    with pytest.raises(RecipeError, match="holds conversations, not pairs"):
-        encode_preferences(recipe, encoder(), [str(tmp_path / "prepared")])

@@ -18,8 +18,9 @@ SPANS = ("span_ends", "span_messages", "span_weights", "span_reasons")
 def schema(export: str) -> Any:
     """The Arrow schema of a shard: all that a `Sample` holds ("rows"), or what other trainers read ("labels").
 
-    `conversation` numbers the conversations of a shard, `conversation_trained` counts the trained tokens of all its
-    rows. A span starts where the one before it ends. `turns` holds `Sample.outcomes` and `Sample.untrained`.
+    `conversation` numbers the conversations (pairs, judged answers) of a shard, `conversation_trained` counts the
+    trained tokens of all its rows, `side` is that of `pipeline.Encoded`. A span starts where the one before it ends.
+    `turns` holds `Sample.outcomes` and `Sample.untrained`.
     """
     import pyarrow as pa
 
@@ -34,7 +35,8 @@ def schema(export: str) -> Any:
         pa.field("untrained", pa.string()),
     ])
     types = {
-        "file": pa.string(), "row": pa.int64(), "conversation": pa.int32(), "conversation_trained": pa.int64(),
+        "file": pa.string(), "row": pa.int64(), "side": pa.string(),
+        "conversation": pa.int32(), "conversation_trained": pa.int64(),
         "input_ids": ids, "span_ends": ids, "span_messages": ids,
         "span_weights": pa.list_(pa.field("element", pa.float32(), nullable=False)),
         "span_reasons": pa.list_(pa.field("element", pa.uint8(), nullable=False)),
@@ -43,11 +45,11 @@ def schema(export: str) -> Any:
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
 
 
-def table(rows: Sequence[tuple[int, Sample]], schema: Any, export: str) -> Any:
-    """The Arrow table of (number of the conversation, row) pairs."""
+def table(rows: Sequence[tuple[int, str, Sample]], schema: Any, export: str) -> Any:
+    """The Arrow table of (number of the conversation, side, row)."""
     import pyarrow as pa
 
-    columns = _label_columns([row for _, row in rows], schema) if export == "labels" else _columns(rows, schema)
+    columns = _label_columns([row for *_, row in rows], schema) if export == "labels" else _columns(rows, schema)
     return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
@@ -60,12 +62,12 @@ def _label_columns(rows: Sequence[Sample], schema: Any) -> dict[str, Any]:
     }
 
 
-def _columns(rows: Sequence[tuple[int, Sample]], schema: Any) -> dict[str, Any]:
-    samples = [row for _, row in rows]
+def _columns(rows: Sequence[tuple[int, str, Sample]], schema: Any) -> dict[str, Any]:
+    samples = [row for *_, row in rows]
     trained: dict[int, int] = {}
-    for number, row in rows:
+    for number, _, row in rows:
         trained[number] = trained.get(number, 0) + row.n_trained
-    places = [row.source.rpartition(":") for row in samples]
+    places = [row.source.removesuffix(f" {side}").rpartition(":") for _, side, row in rows]
     lists: dict[str, list[npt.NDArray[Any]]] = {
         "input_ids": [row.input_ids for row in samples],
         "span_ends": [np.array([s.end for s in row.spans], np.int32) for row in samples],
@@ -76,8 +78,9 @@ def _columns(rows: Sequence[tuple[int, Sample]], schema: Any) -> dict[str, Any]:
     return {
         "file": _texts([file for file, _, _ in places]),
         "row": _flat(np.array([int(row) for _, _, row in places], np.int64), schema.field("row").type),
-        "conversation": _flat(np.array([number for number, _ in rows], np.int32), schema.field("conversation").type),
-        "conversation_trained": _flat(np.array([trained[number] for number, _ in rows], np.int64),
+        "side": _texts([side for _, side, _ in rows]),
+        "conversation": _flat(np.array([number for number, *_ in rows], np.int32), schema.field("conversation").type),
+        "conversation_trained": _flat(np.array([trained[number] for number, *_ in rows], np.int64),
                                       schema.field("conversation_trained").type),
         **{name: _lists(arrays, schema.field(name).type) for name, arrays in lists.items()},
         "turns": _turns(samples, schema.field("turns").type),

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -21,16 +21,19 @@ import numpy.typing as npt
 from chatloss.columns import SPANS, schema, table
 from chatloss.errors import DataError
 from chatloss.manifest import differences, fingerprints
+from chatloss.pairs import Answer, Pair
 from chatloss.sample import Decode, Reason, Sample, Span
 
 if TYPE_CHECKING:
     from chatloss.encode import ChatEncoder
 
-__all__ = ["MANIFEST", "Joined", "Prepared", "ShardWriter", "is_prepared"]
+__all__ = ["MANIFEST", "Joined", "Prepared", "PreparedPairs", "ShardWriter", "is_prepared", "prepared_answers"]
 
 MANIFEST = "manifest.json"
 GROUP_TOKENS = 2**16  # of a row group: what is decoded to read one example
 KEPT_GROUPS, KEPT_FILES = 16, 64
+_KINDS, _SIDES = ("conversations", "pairs", "judged"), ("chosen", "rejected")
+T = TypeVar("T")
 
 
 class ShardWriter:
@@ -42,10 +45,11 @@ class ShardWriter:
         self.export = export
         self.schema = schema(export)
         self.conversations = self.rows = 0
-        self._waiting: list[tuple[int, Sample]] = []
+        self._waiting: list[tuple[int, str, Sample]] = []
         self._tokens = 0
         self._file = pq.ParquetWriter(
-            path, self.schema, compression="zstd", compression_level=1, use_dictionary=["file", "outcome", "untrained"],
+            path, self.schema, compression="zstd", compression_level=1,
+            use_dictionary=["file", "side", "outcome", "untrained"],
             write_statistics=["conversation"] if export == "rows" else False,
         )
 
@@ -55,12 +59,12 @@ class ShardWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def add(self, rows: Sequence[Sample]) -> None:
-        """All rows of one conversation."""
-        self._waiting += [(self.conversations, row) for row in rows]
+    def add(self, rows: Sequence[tuple[str, Sample]]) -> None:
+        """All (side, row) of one conversation, pair or judged answer."""
+        self._waiting += [(self.conversations, side, row) for side, row in rows]
         self.conversations += 1
         self.rows += len(rows)
-        self._tokens += sum(map(len, rows))
+        self._tokens += sum(len(row) for _, row in rows)
         if self._tokens >= GROUP_TOKENS:
             self._flush()
 
@@ -113,6 +117,10 @@ class Prepared(Sequence[list[Sample]]):
     def __getitem__(self, index: int | slice) -> list[Sample] | list[list[Sample]]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
+        return [row for _, row in self.sided(index)]
+
+    def sided(self, index: int) -> list[tuple[str, Sample]]:
+        """(side, row) of all rows of example `index`; sides as in `pipeline.Encoded`."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
@@ -121,10 +129,23 @@ class Prepared(Sequence[list[Sample]]):
         firsts = self._file(shard)[1]
         group = self._group(shard, bisect_right(firsts, number) - 1)
         a, b = np.searchsorted(group.conversations, [number, number + 1])
-        return [group.sample(i, self._decode) for i in range(a, b)]
+        return [(group.side(i), group.sample(i, self._decode)) for i in range(a, b)]
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.directory,)
+
+    def holding(self, *kinds: str) -> Prepared:
+        """This directory, if all its examples are of these kinds: "conversations", "pairs" or "judged" answers.
+
+        Raises `DataError` else.
+        """
+        counts = self.manifest["counts"]
+        others = [f"{counts[kind]} {kind}" for kind in _KINDS if kind not in kinds and counts[kind]]
+        if others:
+            wanted = " or ".join(kinds)
+            raise DataError(f"the directory holds {' and '.join(others)}, not {wanted} alone", kind="objective",
+                            where=str(self.directory), hint="prepare the rows for this objective apart")
+        return self
 
     def check_made_with(self, encoder: ChatEncoder, **chosen: Mapping[str, Any]) -> None:
         """Raise `DataError` where the rows were made with another tokenizer or template, or with other choices.
@@ -170,10 +191,40 @@ class Prepared(Sequence[list[Sample]]):
         return found
 
 
-class Joined(Sequence[list[Sample]]):
+class PreparedPairs(Sequence[Pair]):
+    """The preference pairs of a prepared directory, read when asked for. Raises `DataError` where it holds others."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._prepared = prepared.holding("pairs")
+
+    def __len__(self) -> int:
+        return len(self._prepared)
+
+    @overload
+    def __getitem__(self, index: int) -> Pair: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Pair]: ...
+    def __getitem__(self, index: int | slice) -> Pair | list[Pair]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        rows = self._prepared.sided(index)
+        chosen, rejected = (Answer(tuple(row for side, row in rows if side == wanted)) for wanted in _SIDES)
+        return Pair(chosen, rejected, chosen.source.removesuffix(" chosen"))
+
+
+def prepared_answers(prepared: Prepared) -> Iterator[Answer]:
+    """All judged answers of a prepared directory; a pair gives one of each kind."""
+    prepared.holding("judged", "pairs")
+    for index in range(len(prepared)):
+        rows = prepared.sided(index)
+        for side in dict.fromkeys(side for side, _ in rows):
+            yield Answer(tuple(row for own, row in rows if own == side), side in ("chosen", "desirable"))
+
+
+class Joined(Sequence[T]):
     """Several sequences of examples as one."""
 
-    def __init__(self, parts: Sequence[Sequence[list[Sample]]]) -> None:
+    def __init__(self, parts: Sequence[Sequence[T]]) -> None:
         self._parts = parts
         self._ends = list(accumulate(map(len, parts)))
 
@@ -181,10 +232,10 @@ class Joined(Sequence[list[Sample]]):
         return self._ends[-1] if self._ends else 0
 
     @overload
-    def __getitem__(self, index: int) -> list[Sample]: ...
+    def __getitem__(self, index: int) -> T: ...
     @overload
-    def __getitem__(self, index: slice) -> list[list[Sample]]: ...
-    def __getitem__(self, index: int | slice) -> list[Sample] | list[list[Sample]]:
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
@@ -214,6 +265,9 @@ class _Group:
         offsets, values = self._columns[name]
         return values[offsets[row] : offsets[row + 1]]
 
+    def side(self, row: int) -> str:
+        return str(self._table["side"][row].as_py())
+
     def sample(self, row: int, decode: Decode | None) -> Sample:
         ends, messages, weights, reasons = (self._values(name, row).tolist() for name in SPANS)
         turns = self._table["turns"][row].as_py()
@@ -222,6 +276,11 @@ class _Group:
             tuple(Span(*span) for span in zip([0, *ends][: len(ends)], ends, messages, weights, map(Reason, reasons),
                                               strict=True)),
             {turn["message"]: turn["outcome"] for turn in turns if turn["outcome"] is not None},
-            f"{self._table['file'][row].as_py()}:{self._table['row'][row].as_py()}",
+            self._source(row),
             {turn["message"]: turn["untrained"] for turn in turns if turn["untrained"] is not None}, decode,
         )
+
+    def _source(self, row: int) -> str:
+        place = f"{self._table['file'][row].as_py()}:{self._table['row'][row].as_py()}"
+        side = self.side(row)
+        return f"{place} {side}" if side in ("chosen", "rejected") else place

@@ -9,12 +9,13 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from chatloss.encode import ChatEncoder, Encoding
+from chatloss.encode import ChatEncoder
+from chatloss.pipeline import Encoded
 
 __all__ = ["Counts", "differences", "file_sha256", "fingerprints", "write_json"]
 
@@ -23,12 +24,14 @@ __all__ = ["Counts", "differences", "file_sha256", "fingerprints", "write_json"]
 class Counts:
     """What became of the records of a shard, or of all of them.
 
-    ``records = conversations + sum(rejected)``; `empty` conversations have no row. `outcomes` and `untrained` count
-    turns, `reasons` tokens, `tokens` and `trained` the tokens of all rows.
+    ``records = conversations + pairs + judged + sum(rejected)``; of all that are not rejected `empty` have no row.
+    `outcomes` and `untrained` count turns, `reasons` tokens, `tokens` and `trained` the tokens of all rows.
     """
 
     records: int = 0
     conversations: int = 0
+    pairs: int = 0
+    judged: int = 0
     empty: int = 0
     rows: int = 0
     tokens: int = 0
@@ -38,18 +41,24 @@ class Counts:
     untrained: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
 
-    def add(self, encoding: Encoding) -> None:
-        """Count one conversation."""
-        self.conversations += 1
-        self.empty += not encoding.rows
-        self.rows += len(encoding.rows)
-        self.outcomes.update(encoding.outcomes.values())
-        self.untrained.update(encoding.untrained.values())
-        for row in encoding.rows:
-            self.tokens += len(row)
-            self.trained += row.n_trained
-            for span in row.spans:
-                self.reasons[span.reason.name.lower()] += span.end - span.start
+    def add(self, record: Sequence[Encoded]) -> None:
+        """Count one conversation, one pair or one judged answer."""
+        if len(record) == 2:
+            self.pairs += 1
+        elif record[0].side:
+            self.judged += 1
+        else:
+            self.conversations += 1
+        self.empty += not any(made.encoding.rows for made in record)
+        for encoding in (made.encoding for made in record):
+            self.rows += len(encoding.rows)
+            self.outcomes.update(encoding.outcomes.values())
+            self.untrained.update(encoding.untrained.values())
+            for row in encoding.rows:
+                self.tokens += len(row)
+                self.trained += row.n_trained
+                for span in row.spans:
+                    self.reasons[span.reason.name.lower()] += span.end - span.start
 
     def merge(self, other: Counts) -> None:
         """Add another shard's counts."""

@@ -19,8 +19,8 @@ from chatloss.encode import ChatEncoder, Encoding, Problem
 from chatloss.errors import DataError
 from chatloss.sample import Reason, Sample, Span
 
-__all__ = ["Answer", "Judged", "Pair", "answer_of", "answers_of", "examine_pair", "judged", "mismatched", "pair_of",
-           "prompt_ids", "sides"]
+__all__ = ["Answer", "Judged", "Pair", "answer_of", "answers_of", "examine_judged", "examine_pair", "judged",
+           "mismatched", "pair_of", "prompt_ids", "sides"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -159,17 +159,21 @@ def pair_of(encoder: ChatEncoder, preference: Preference) -> Pair | None:
     return Pair(Answer(tuple(both[0].rows)), Answer(tuple(both[1].rows)), preference.source)
 
 
-def answer_of(encoder: ChatEncoder, label: Label) -> Answer | None:
-    """The judged answer (the last message) of an unpaired row, or None if the policy drops it; raises `DataError`."""
-    chat = judged(label)
+def examine_judged(encoder: ChatEncoder, label: Label) -> Encoding:
+    """The judged answer (the last message) of an unpaired row. A fatal problem tells that it is lost, as in a pair."""
+    chat, overflow = judged(label), encoder.policy.overflow
     encoding = encoder.examine(chat)
+    if _is_cut(encoding) and overflow == "drop":
+        return replace(encoding, rows=[])
+    lost = next(_lost(encoding, len(chat.messages) - 1, cut=overflow == "right"), None)
+    return encoding if lost is None else replace(encoding, problems=(*encoding.problems, lost))
+
+
+def answer_of(encoder: ChatEncoder, label: Label) -> Answer | None:
+    """The judged answer of an unpaired row, or None if the policy drops it; raises `DataError`."""
+    encoding = examine_judged(encoder, label)
     _raise_fatal(encoding, label.source)
-    if _is_cut(encoding) and encoder.policy.overflow == "drop":
-        return None
-    lost = next(_lost(encoding, len(chat.messages) - 1, cut=encoder.policy.overflow == "right"), None)
-    if lost is not None:
-        raise lost.error(label.source)
-    return Answer(tuple(encoding.rows), label.desirable)
+    return Answer(tuple(encoding.rows), label.desirable) if encoding.rows else None
 
 
 def answers_of(encoder: ChatEncoder, row: Preference | Label) -> list[Answer]:

@@ -10,18 +10,22 @@ from chatloss.encode import ChatEncoder, Encoding
 from chatloss.errors import ChatlossError, DataError
 from chatloss.formats import Row
 from chatloss.markers import Markers, encode_text
-from chatloss.pairs import Answer, Pair, answers_of, examine_pair, judged, pair_of, sides
+from chatloss.pairs import Answer, Pair, answers_of, examine_judged, examine_pair, judged, pair_of, sides
 from chatloss.reader import Reader
 
-__all__ = ["Encoded", "answers", "conversations_of", "encodings", "examples", "pairs"]
+__all__ = ["Encoded", "answers", "conversations_of", "encodings", "examples", "pairs", "records"]
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One conversation (None for plain text) with what the encoder made of it."""
+    """One conversation (None for plain text) with what the encoder made of it.
+
+    `side` is "chosen" or "rejected" in a pair, "desirable" or "undesirable" for a judged answer, else "".
+    """
 
     conversation: Conversation | None
     encoding: Encoding
+    side: str = ""
 
     @property
     def source(self) -> str:
@@ -49,6 +53,15 @@ def encodings(
     `strict` also rejects what the policy calls an error; without it such rows come with their problems. `supervised`
     rejects preference rows. At the end the reader decides whether too many rows were bad.
     """
+    for made in records(reader, encoder, markers=markers, strict=strict, supervised=supervised):
+        yield from made
+
+
+def records(
+    reader: Reader, encoder: ChatEncoder, *, markers: Markers | None = None, strict: bool = False,
+    supervised: bool = False,
+) -> Iterator[list[Encoded]]:
+    """The same, record by record: both answers of a preference pair together, everything else alone."""
     for row in reader:
         try:
             if supervised and isinstance(row, Preference | Label):
@@ -63,7 +76,7 @@ def encodings(
         except ChatlossError as error:
             reader.reject(row.source, error)
             continue
-        yield from made
+        yield made
 
 
 def examples(reader: Reader, encoder: ChatEncoder, *, markers: Markers | None = None) -> Iterator[Encoded]:
@@ -116,5 +129,8 @@ def _encode(row: Row, encoder: ChatEncoder, markers: Markers | None) -> list[Enc
         sample = encode_text(encoder.tokens, row.text, markers, source=row.source, decode=encoder.decode)
         return [Encoded(None, Encoding([sample], sample.outcomes, {}, ()))]
     if isinstance(row, Preference):
-        return [Encoded(*side) for side in zip(sides(row), examine_pair(encoder, row), strict=True)]
-    return [Encoded(conversation, encoder.examine(conversation)) for conversation in conversations_of(row)]
+        both = zip(sides(row), examine_pair(encoder, row), ("chosen", "rejected"), strict=True)
+        return [Encoded(*side) for side in both]
+    if isinstance(row, Label):
+        return [Encoded(judged(row), examine_judged(encoder, row), "desirable" if row.desirable else "undesirable")]
+    return [Encoded(row, encoder.examine(row))]

@@ -28,14 +28,13 @@ from chatloss.fast_tokens import FlatTokens, Unequal, loaded_with
 from chatloss.load import Loaded, load_tokenizer
 from chatloss.manifest import Counts, differences, file_sha256, fingerprints, write_json
 from chatloss.markers import Markers
-from chatloss.pipeline import encodings
+from chatloss.pipeline import Encoded, records
 from chatloss.policy import Policy
-from chatloss.sample import Sample
 from chatloss.shards import Shard, ShardReader, check_unchanged, inputs_of, shard_bytes, shards_of
 
 __all__ = ["Job", "prepare", "run_shard"]
 
-FORMAT = 1
+FORMAT = 2
 WORK = ".prepare"  # what is done so far; gone when all is
 UNEQUAL = "unequal.json"  # in WORK: a text on which the fast encoder was seen to differ
 FAST_BYTES = 8 * 2**20  # of input, for which loading the fast encoder takes less time than it saves
@@ -90,13 +89,15 @@ def run_shard(job: Job, encoder: ChatEncoder, shard: Shard, directory: Path) -> 
     partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with ShardWriter(partial, job.export) as writer:
-            for made in encodings(reader, encoder, markers=job.markers, strict=True, supervised=True):
-                if job.export == "labels" and (problem := _beyond_labels(made.encoding.rows)) is not None:
-                    reader.reject(made.encoding.rows[0].source, problem)
+            labels = job.export == "labels"
+            for record in records(reader, encoder, markers=job.markers, strict=True, supervised=labels):
+                if labels and (problem := _beyond_labels(record)) is not None:
+                    reader.reject(problem.where, problem)
                     continue
-                counts.add(made.encoding)
-                if made.encoding.rows:
-                    writer.add(made.encoding.rows)
+                counts.add(record)
+                rows = [(made.side, row) for made in record for row in made.encoding.rows]
+                if rows:
+                    writer.add(rows)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -115,8 +116,9 @@ def run_shard(job: Job, encoder: ChatEncoder, shard: Shard, directory: Path) -> 
     return counts
 
 
-def _beyond_labels(rows: Sequence[Sample]) -> DataError | None:
+def _beyond_labels(record: Sequence[Encoded]) -> DataError | None:
     """Labels say whether a token is trained, and cannot say by how much."""
+    rows = [row for made in record for row in made.encoding.rows]
     weights = {span.weight for row in rows for span in row.spans} - {0.0, 1.0}
     if not weights:
         return None

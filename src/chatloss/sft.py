@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatloss.config import Recipe
-from chatloss.dataset import Joined, Prepared, is_prepared
+from chatloss.dataset import Joined, Prepared, PreparedPairs, is_prepared, prepared_answers
 from chatloss.encode import ChatEncoder
 from chatloss.errors import RecipeError
 from chatloss.pairs import mismatched, prompt_ids
@@ -50,7 +50,8 @@ def encode_files(
     rejected rows are written to `rejects` and summed up on stderr; too many of them raise `DataError`.
     """
     if any(map(is_prepared, files)):
-        return _prepared(recipe, encoder, files)
+        ready = Joined([part.holding("conversations") for part in _prepared(recipe, encoder, files)])
+        return ready, [_first_prompt(ready[i][0]) for i in range(min(recipe.run.samples, len(ready)))]
     reader = read(list(files), input_format=recipe.data.input_format or "auto", max_rejects=recipe.data.max_rejects)
     made: list[list[Sample]] = []
     prompts: list[list[int]] = []
@@ -67,9 +68,8 @@ def encode_files(
     return made, prompts
 
 
-def _prepared(
-    recipe: Recipe, encoder: ChatEncoder, directories: Sequence[str]
-) -> tuple[Sequence[list[Sample]], list[list[int]]]:
+def _prepared(recipe: Recipe, encoder: ChatEncoder, directories: Sequence[str]) -> list[Prepared]:
+    """The prepared directories, made as the recipe asks."""
     chats = next((name for name in directories if not is_prepared(name)), None)
     if chats is not None:
         hint = "prepare it too, or train on chats only"
@@ -79,23 +79,20 @@ def _prepared(
     parts = [Prepared(directory, encoder.decode) for directory in directories]
     for part in parts:
         part.check_made_with(encoder, **chosen, template_kwargs=recipe.data.template_kwargs)
-    made = Joined(parts) if len(parts) > 1 else parts[0]
-    return made, [_first_prompt(made[i][0]) for i in range(min(recipe.run.samples, len(made)))]
+    return parts
 
 
 def encode_preferences(
     recipe: Recipe, encoder: ChatEncoder, files: Sequence[str], *, rejects: Path | None = None
-) -> tuple[list[Any], list[list[int]]]:
+) -> tuple[Sequence[Any], list[list[int]]]:
     """(pairs, or judged answers for KTO; prompts); rejected rows are treated as `encode_files` does."""
     from chatloss.objectives import is_unpaired
 
-    prepared = next(filter(is_prepared, files), None)
-    if prepared is not None:
-        raise RecipeError("a prepared directory holds conversations, not pairs", where=f"data: {prepared}",
-                          hint="give the files with the preference rows")
+    unpaired = is_unpaired(recipe)
+    if any(map(is_prepared, files)):
+        return _prepared_preferences(recipe, _prepared(recipe, encoder, files), unpaired)
     reader = read(list(files), input_format=recipe.data.input_format or "auto", max_rejects=recipe.data.max_rejects)
     made: list[Any] = []
-    unpaired = is_unpaired(recipe)
     try:
         made += answers(reader, encoder) if unpaired else pairs(reader, encoder)
     finally:
@@ -111,6 +108,18 @@ def encode_preferences(
         print(f"cut {cut} answers at max_length; see --overflow", file=sys.stderr)
     prompts = [prompt_ids(answer.rows).tolist() for answer in first[: recipe.run.samples]]
     return (mismatched(made) if unpaired else made), prompts
+
+
+def _prepared_preferences(
+    recipe: Recipe, parts: Sequence[Prepared], unpaired: bool
+) -> tuple[Sequence[Any], list[list[int]]]:
+    """Pairs are read when needed; judged answers, each of which needs the next one, are read at once."""
+    if unpaired:
+        every = [answer for part in parts for answer in prepared_answers(part)]
+        return mismatched(every), [prompt_ids(answer.rows).tolist() for answer in every[: recipe.run.samples]]
+    pairs = Joined([PreparedPairs(part) for part in parts])
+    few = min(recipe.run.samples, len(pairs))
+    return pairs, [prompt_ids(pairs[i].chosen.rows).tolist() for i in range(few)]
 
 
 def _tell_rejects(reader: Reader, rejects: Path | None) -> None:

@@ -54,14 +54,16 @@ def prepare(source: Source, output: str, workers: int, ray: str | None, export: 
     )
     counts = manifest["counts"]
     turns = ", ".join(f"{n:,} {name}" for name, n in counts["outcomes"].items())
-    print(f"{output}: {counts['rows']:,} rows of {counts['conversations']:,} conversations, {counts['tokens']:,} "
-          f"tokens, {counts['trained']:,} trained; turns: {turns or 'none'}", file=sys.stderr)
+    kinds = {"conversations": "conversations", "pairs": "pairs", "judged": "judged answers"}
+    held = " and ".join(f"{counts[kind]:,} {name}" for kind, name in kinds.items() if counts[kind]) or "nothing"
+    print(f"{output}: {counts['rows']:,} rows of {held}, {counts['tokens']:,} tokens, {counts['trained']:,} trained; "
+          f"turns: {turns or 'none'}", file=sys.stderr)
     if counts["untrained"]:
         why = ", ".join(f"{n:,} {name}" for name, n in counts["untrained"].items())
         print(f"untrained messages: {why}", file=sys.stderr)
     if counts["rejected"]:
-        kinds = ", ".join(f"{n:,} {kind}" for kind, n in counts["rejected"].items())
-        print(f"rejected {sum(counts['rejected'].values()):,} of {counts['records']:,} rows ({kinds}); see "
+        causes = ", ".join(f"{n:,} {kind}" for kind, n in counts["rejected"].items())
+        print(f"rejected {sum(counts['rejected'].values()):,} of {counts['records']:,} rows ({causes}); see "
               f"{output}/rejects.jsonl", file=sys.stderr)
 
 
@@ -78,9 +80,9 @@ def _progress(total: int) -> Progress:
     seen = [0, 0]
 
     def done(size: int, counts: Counts) -> None:
-        seen[0] += counts.conversations
+        seen[0] += counts.conversations + counts.pairs + counts.judged
         seen[1] += sum(counts.rejected.values())
-        text = f"{seen[0]:,} conversations" + (f", {seen[1]:,} rejected" if seen[1] else "")
+        text = f"{seen[0]:,} examples" + (f", {seen[1]:,} rejected" if seen[1] else "")
         bar.update(task, advance=size, description=text)
 
     bar.start()
