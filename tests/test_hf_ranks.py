@@ -12,7 +12,7 @@ from chatloss.errors import RecipeError
 from chatloss.parallel import World
 from tests.ranks import on_ranks
 
-pytestmark = [pytest.mark.peer, pytest.mark.slow]
+pytestmark = pytest.mark.peer
 MODEL = "llama"
 
 
