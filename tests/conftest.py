@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -10,6 +12,26 @@ from hypothesis import HealthCheck, settings
 # Generated conversations are slow to make on a busy machine; that is no failure.
 settings.register_profile("chatloss", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.load_profile("chatloss")
+
+
+@pytest.fixture(scope="module")
+def trainer_runs() -> Iterator[None]:
+    """For tests that run transformers' Trainer often: one thread, no progress bars, and little to collect.
+
+    Every training run of transformers ends in a full garbage collection; it need not see what is there before.
+    """
+    import datasets
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    datasets.enable_progress_bars()
+    torch.set_num_threads(threads)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

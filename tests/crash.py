@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,33 @@ def run(output: Path, kill_at: int = 0, ranks: int = 1, **changes: Any) -> int:
     return max(abs(process.exitcode or 0) for process in processes)
 
 
+def kill_at_event(kill_at: int, watched: Iterable[tuple[Any, str]]) -> Callable[[], int]:
+    """Has this process kill itself at its `kill_at`-th event (0: never): before or after a call of a watched function.
+
+    Returns a function that counts the events so far.
+    """
+    events = 0
+
+    def event() -> None:
+        nonlocal events
+        events += 1
+        if events == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            event()
+            out = function(*args, **kwargs)
+            event()
+            return out
+
+        return called
+
+    for owner, name in watched:
+        setattr(owner, name, watch(getattr(owner, name)))
+    return lambda: events
+
+
 def _train(output: Path, rank: int, ranks: int, port: int, kill_at: int, changes: dict[str, Any]) -> None:
     import torch
 
@@ -51,36 +79,17 @@ def _train(output: Path, rank: int, ranks: int, port: int, kill_at: int, changes
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port)}
-    events = 0
-
-    def event() -> None:
-        nonlocal events
-        events += 1
-        if events == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def watch(owner: Any, name: str) -> None:
-        function = getattr(owner, name)
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            event()
-            out = function(*args, **kwargs)
-            event()
-            return out
-
-        setattr(owner, name, watched)
-
-    for owner, name in ((Path, "rename"), (Path, "replace"), (Path, "mkdir"), (shutil, "rmtree"),
-                        (checkpoint, "_flush"), (checkpoint, "_save_tensors"), (log.Logger, "write"),
-                        (torch.optim.AdamW, "step")):
-        watch(owner, name)
+    events = kill_at_event(kill_at, (
+        (Path, "rename"), (Path, "replace"), (Path, "mkdir"), (shutil, "rmtree"), (checkpoint, "_flush"),
+        (checkpoint, "_save_tensors"), (log.Logger, "write"), (torch.optim.AdamW, "step"),
+    ))
     if changes.get("objective", "sft") != "sft":
         changes = {"loss": {}, **changes}
     recipe = Recipe.from_dict({**RECIPE, "model": {**FAMILIES["llama"], "attention_dropout": 0.1},
                                "output": str(output), **changes})
     examples, held_out = (chats(10), chats(3, seed=9)) if recipe.objective == "sft" else _pairs(recipe.objective)
     train(recipe, examples, held_out, tokenizer_files=tokenizer_files, decode=decode, quiet=True)
-    (output / f"events.{rank}").write_text(str(events))
+    (output / f"events.{rank}").write_text(str(events()))
 
 
 def _pairs(objective: str) -> tuple[Any, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-import signal
 from pathlib import Path
-from typing import Any
+
+from tests.crash import kill_at_event
 
 
 def run(data: Path, output: Path, kill_at: int, workers: int = 1) -> int:
@@ -27,28 +27,9 @@ def _prepare(data: Path, output: Path, kill_at: int, workers: int) -> None:
     from chatloss import prepare as preparing
     from chatloss.demo import tokenizer_directory
 
-    events = 0
-
-    def event() -> None:
-        nonlocal events
-        events += 1
-        if events == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def watch(owner: Any, name: str) -> None:
-        function = getattr(owner, name)
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            event()
-            out = function(*args, **kwargs)
-            event()
-            return out
-
-        setattr(owner, name, watched)
-
-    for owner, name in ((Path, "replace"), (Path, "mkdir"), (Path, "unlink"), (os, "fsync"), (shutil, "rmtree")):
-        watch(owner, name)
+    watched = ((Path, "replace"), (Path, "mkdir"), (Path, "unlink"), (os, "fsync"), (shutil, "rmtree"))
+    events = kill_at_event(kill_at, watched)
     preparing.shard_bytes = lambda inputs: 16384
     preparing.prepare([str(data)], output, preparing.Job(str(tokenizer_directory())), workers=workers)
     if not kill_at:
-        Path(f"{output}.events").write_text(str(events))
+        Path(f"{output}.events").write_text(str(events()))

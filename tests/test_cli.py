@@ -111,14 +111,22 @@ def test_an_interrupt_ends_with_130(tmp_path: Path) -> None:
     fifo = tmp_path / "chats.jsonl"
     os.mkfifo(fifo)
     command = [sys.executable, "-m", "chatloss", "encode", str(fifo), "-t", TOKENIZER, "--input-format", "messages"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    with fifo.open("wb") as writer:
-        writer.write(chats_file().read_bytes())
-        writer.flush()
-        assert process.stdout is not None and process.stdout.readline()
-        time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # What a shell starts in the background ignores interrupts, and hands that on to these tests and from there.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        with fifo.open("wb") as writer:
+            writer.write(chats_file().read_bytes())
+            writer.flush()
+            assert process.stdout is not None and process.stdout.readline()
+            time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 130 and stderr.decode().strip().endswith("interrupted")
 
 
@@ -138,3 +146,17 @@ def test_help_names_every_policy() -> None:
     singular = {"roles": "role", "parts": "part", "spans": "span"}
     for field in fields(Policy):
         assert f"--{singular.get(field.name, field.name).replace('_', '-')}" in shown
+
+
+def test_a_strangers_text_does_not_command_the_terminal(tmp_path: Path) -> None:
+    evil = "\x1b]0;owned\x07\x1b[31m\u202eabc"
+    template = tmp_path / "evil.jinja"
+    template.write_text("{{ raise_exception(" + json.dumps(evil) + ") }}")
+    data = tmp_path / f"{evil}.jsonl"
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    data.write_text(f'{json.dumps(chat)}\n{{"x": 1}}\n')
+    for command in ("encode", "view", "check"):
+        done = run(command, str(data), "-t", TOKENIZER, "--chat-template", str(template), "--max-rejects", "1")
+        told = done.stdout + done.stderr
+        assert not set("\x1b\x07\u202e") & set(told), command
+        assert "U+001B" in told

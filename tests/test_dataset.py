@@ -152,3 +152,77 @@ def test_a_policy_that_the_rows_were_made_with_is_fine(tmp_path: Path) -> None:
     job = Job(JOB.tokenizer, policy=Policy(turns="last"))
     prepare([str(chats_file())], tmp_path / "out", job)
     Prepared(tmp_path / "out").check_made_with(JOB.encoder(), policy={"turns": "last"})
+
+
+# -- directories of strangers --
+
+
+def edited(directory: Path, copy: Path, **changes: Any) -> Path:
+    """A copy with another manifest."""
+    shutil.copytree(directory, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+    return copy
+
+
+def test_a_damaged_shard_is_named(directory: Path, tmp_path: Path) -> None:
+    copy = edited(directory, tmp_path / "copy")
+    shard = copy / "shards" / "000000.parquet"
+    whole = shard.read_bytes()
+    for at in range(8, len(whole) - 8, len(whole) // 40):
+        shard.write_bytes(whole[:at] + bytes([whole[at] ^ 0x5A]) + whole[at + 1 :])
+        try:
+            rows = [row.to_dict() for i in range(8) for row in Prepared(copy)[i]]
+        except DataError as error:
+            assert error.where == str(shard) and error.hint
+        else:  # a byte that nothing reads, such as one of the statistics of another column
+            assert rows == [row.to_dict() for i in range(8) for row in Prepared(directory)[i]]
+    for damage in (b"", whole[:-1], whole + b"x", b"PAR1" * (len(whole) // 4)):
+        shard.write_bytes(damage)
+        with pytest.raises(DataError, match="cannot be read") as caught:
+            Prepared(copy)[0]
+        assert caught.value.where == str(shard)
+
+
+def test_a_row_that_is_none_is_refused(directory: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for column, value in (("span_ends", 10_000), ("span_ends", 0), ("span_reasons", 99), ("input_ids", -5)):
+        copy = edited(directory, tmp_path / f"{column} {value}")
+        shard = copy / "shards" / "000000.parquet"
+        table = pq.read_table(shard)
+        at = table.schema.get_field_index(column)
+        values = table[column].to_pylist()
+        values[0][-1] = value
+        field = table.schema.field(at)
+        pq.write_table(table.set_column(at, field, pa.array(values, type=field.type)), shard)
+        shards = json.loads((copy / "manifest.json").read_text())["shards"]
+        shards[0]["bytes"] = shard.stat().st_size
+        copy = edited(copy, tmp_path / f"{column} {value} sized", shards=shards)
+        with pytest.raises(DataError, match="cannot be read"):
+            Prepared(copy)[0]
+
+
+def test_a_manifest_reaches_nothing_outside_its_directory(directory: Path, tmp_path: Path) -> None:
+    shards = Prepared(directory).manifest["shards"]
+    for i, name in enumerate(("../secret.parquet", str(directory / shards[0]["file"]), "shards/../x", 3, None)):
+        copy = edited(directory, tmp_path / str(i), shards=[{**shards[0], "file": name}, *shards[1:]])
+        with pytest.raises(DataError, match="no manifest"):
+            Prepared(copy)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"job": 3}', '{"job": {}, "shards": [], "counts": {}}'])
+def test_what_is_no_manifest_is_told(directory: Path, tmp_path: Path, text: str) -> None:
+    copy = edited(directory, tmp_path / "copy")
+    (copy / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match="no manifest") as caught:
+        Prepared(copy)
+    assert caught.value.where == str(copy / "manifest.json")
+
+
+def test_rows_of_another_format_are_to_be_prepared_again(directory: Path, tmp_path: Path) -> None:
+    job = {**Prepared(directory).manifest["job"], "format": 1}
+    with pytest.raises(DataError, match="have format 1") as caught:
+        Prepared(edited(directory, tmp_path / "copy", job=job, counts={}))
+    assert "--fresh" in caught.value.hint

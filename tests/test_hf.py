@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +22,11 @@ from chatloss.verify import definition, judge
 from tests.synthetic import FAMILIES, chats, per_turn
 from tests.torch_reference import tiny
 
-pytestmark = pytest.mark.peer
+pytestmark = [pytest.mark.peer, pytest.mark.usefixtures("trainer_runs")]
 
 REDUCTIONS = ("token", "turn", "conversation", "power:0.5:conversation", "sum:turn", "constant:64:turn")
 EXAMPLES = chats(7)
 SPLIT = [per_turn(rows) for rows in EXAMPLES]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_objects() -> Iterator[None]:
-    """Every training run of transformers ends in a full garbage collection; it need not see what is here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
 
 
 def arguments(folder: Path | str, **settings: Any) -> transformers.TrainingArguments:
@@ -207,6 +194,16 @@ def test_losses_of_others_are_refused_by_name(tmp_path: Path) -> None:
     model = tiny({**FAMILIES["mixtral"], "output_router_logits": True})
     with pytest.raises(RecipeError, match="output_router_logits"):
         hf.ExactTrainer(model, arguments(tmp_path), train_dataset=rows)
+
+
+def test_a_collator_that_loses_the_weights_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    def stack(rows: Sequence[Any]) -> dict[str, Any]:
+        return {"input_ids": torch.tensor([row["input_ids"][:2] for row in rows])}
+
+    trainer = hf.ExactTrainer(tiny(FAMILIES["llama"]), arguments(tmp_path), train_dataset=hf.dataset(EXAMPLES),
+                              data_collator=stack)
+    with pytest.raises(RecipeError, match="makes no position_ids and no weights and no denominator"):
+        trainer.train()
 
 
 def test_packs_are_refused_in_a_model_that_does_not_isolate_documents(tmp_path: Path) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,9 @@ from chatloss.hf.masks import NothingMasked
 from tests import assets, conformance
 
 # What TRL and transformers say of their own deprecated settings is theirs.
-pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [
+    pytest.mark.peer, pytest.mark.usefixtures("trainer_runs"), pytest.mark.filterwarnings("ignore::FutureWarning")
+]
 
 PLAIN = conformance.PLAIN
 CHATS = [PLAIN, PLAIN[:4], PLAIN[:2]]
@@ -40,14 +40,8 @@ CHATML = (
 
 
 @pytest.fixture(scope="module", autouse=True)
-def frozen() -> Iterator[None]:
+def frozen() -> None:
     conformance.freeze_clock()
-    datasets.disable_progress_bars()
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    datasets.enable_progress_bars()
 
 
 @cache

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 import transformers
@@ -20,22 +17,11 @@ from tests.synthetic import FAMILIES, VOCAB, chats
 from tests.test_hf import arguments
 from tests.torch_reference import tiny
 
-pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [
+    pytest.mark.peer, pytest.mark.usefixtures("trainer_runs"), pytest.mark.filterwarnings("ignore::FutureWarning")
+]
 EXAMPLES = chats(8)
 WORDS = _tokenizer(VOCAB)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    datasets.disable_progress_bars()
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    datasets.enable_progress_bars()
-    torch.set_num_threads(threads)
 
 
 class ReturnsTheModelsLoss(transformers.Trainer):  # type: ignore[misc]

@@ -123,6 +123,11 @@ EXHAUSTING = {
     "tuples as keys": grown(TUPLES, "{{ {ns.a: 1}[ns.b] }}"),
     "tuples made unique": grown(TUPLES, "{{ [ns.a, ns.b] | unique | list | length }}"),
     "tuples looked up": grown(TUPLES, "{{ ns.m.get(ns.a) }}"),
+    "tuples as the attribute of a map": grown(TUPLES, "{{ [{}] | map(attribute=ns.a) | list }}"),
+    "tuples as the attribute of a map with a default": grown(TUPLES, "{{ [{}] | map(attribute=ns.a, default=1) | list }}"),
+    "tuples as the attribute of a selection": grown(TUPLES, "{{ [{}] | selectattr(ns.a) | list }}"),
+    "tuples as the attribute of a rejection": grown(TUPLES, "{{ [{}] | rejectattr(ns.a) | list }}"),
+    "tuples as the attribute of an order": grown(TUPLES, "{{ [{}, {}] | sort(attribute=ns.a) | list }}"),
     "tuples looked up by subscript": grown(TUPLES, "{{ ns.m[ns.a] }}"),
     "tuples looked up among keys": grown(TUPLES, "{{ ns.a in ns.m }}"),
     "a view of a mapping that holds itself often": grown(

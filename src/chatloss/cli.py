@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from chatloss.commands import preparing, reading, training
-from chatloss.errors import ChatlossError, UsageError
+from chatloss.errors import ChatlossError, UsageError, one_line
 
 __all__ = ["cli", "main"]
 
@@ -83,7 +83,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except Exception as error:
         if os.environ.get("CHATLOSS_TRACEBACK"):
             raise
-        print(f"error: internal: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"error: internal: {type(error).__name__}: {one_line(str(error))}", file=sys.stderr)
         print("hint: a bug in chatloss; run again with CHATLOSS_TRACEBACK=1 and report what it prints", file=sys.stderr)
         return 3
 

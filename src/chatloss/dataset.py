@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from chatloss.columns import SPANS, schema, table
 from chatloss.errors import DataError
-from chatloss.manifest import differences, fingerprints
+from chatloss.manifest import MANIFEST, differences, fingerprints, read_manifest
 from chatloss.pairs import Answer, Pair
 from chatloss.sample import Decode, Reason, Sample, Span
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["MANIFEST", "Joined", "Prepared", "PreparedPairs", "ShardWriter", "is_prepared", "prepared_answers"]
 
-MANIFEST = "manifest.json"
 GROUP_TOKENS = 2**16  # of a row group: what is decoded to read one example
 KEPT_GROUPS, KEPT_FILES = 16, 64
 _KINDS, _SIDES = ("conversations", "pairs", "judged"), ("chosen", "rejected")
@@ -50,7 +49,7 @@ class ShardWriter:
         self._file = pq.ParquetWriter(
             path, self.schema, compression="zstd", compression_level=1,
             use_dictionary=["file", "side", "outcome", "untrained"],
-            write_statistics=["conversation"] if export == "rows" else False,
+            write_page_checksum=True, write_statistics=["conversation"] if export == "rows" else False,
         )
 
     def __enter__(self) -> ShardWriter:
@@ -94,11 +93,7 @@ class Prepared(Sequence[list[Sample]]):
 
     def __init__(self, directory: str | Path, decode: Decode | None = None) -> None:
         self.directory = Path(directory)
-        path = self.directory / MANIFEST
-        if not path.is_file():
-            raise DataError("the prepared directory is not finished", where=str(directory),
-                            hint="run the same `chatloss prepare` again: it goes on where it stopped")
-        self.manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        self.manifest = read_manifest(self.directory)
         if self.manifest["job"]["export"] != "rows":
             raise DataError("the directory holds labels for other trainers", where=str(directory),
                             hint="prepare again without --export labels")
@@ -129,7 +124,16 @@ class Prepared(Sequence[list[Sample]]):
         firsts = self._file(shard)[1]
         group = self._group(shard, bisect_right(firsts, number) - 1)
         a, b = np.searchsorted(group.conversations, [number, number + 1])
-        return [(group.side(i), group.sample(i, self._decode)) for i in range(a, b)]
+        try:
+            return [(group.side(i), group.sample(i, self._decode)) for i in range(a, b)]
+        except (ValueError, IndexError, AssertionError) as error:
+            raise self._damaged(shard, error) from None
+
+    def _damaged(self, shard: int, error: Exception) -> DataError:
+        path = self.directory / self.manifest["shards"][shard]["file"]
+        what = (str(error).splitlines() or ["its rows are none"])[0][:200]
+        return DataError(f"the shard cannot be read: {what}", where=str(path), kind="damaged",
+                         hint="prepare the chats again with --fresh")
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.directory,)
@@ -167,14 +171,19 @@ class Prepared(Sequence[list[Sample]]):
         if shard not in self._files:
             import pyarrow.parquet as pq
 
-            path = self.directory / self.manifest["shards"][shard]["file"]
+            about = self.manifest["shards"][shard]
+            path = self.directory / about["file"]
             try:
-                file = pq.ParquetFile(path, memory_map=True)
-            except (OSError, ValueError) as error:
-                raise DataError(f"a shard cannot be read: {error}", where=str(path), hint="prepare again") from None
-            column = file.schema_arrow.names.index("conversation")
-            groups = [file.metadata.row_group(g).column(column).statistics for g in range(file.num_row_groups)]
-            self._files[shard] = file, [int(statistics.min) for statistics in groups]
+                if path.stat().st_size != about["bytes"]:
+                    raise ValueError(f"it has {path.stat().st_size:,} bytes, and had {about['bytes']:,}")
+                file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+                if not file.schema_arrow.equals(schema("rows")):
+                    raise ValueError("its columns are others")
+                column = file.schema_arrow.names.index("conversation")
+                groups = [file.metadata.row_group(g).column(column).statistics for g in range(file.num_row_groups)]
+                self._files[shard] = file, [int(statistics.min) for statistics in groups]
+            except (OSError, ValueError, AttributeError) as error:
+                raise self._damaged(shard, error) from None
             while len(self._files) > KEPT_FILES:
                 self._files.popitem(last=False)[1][0].close()
         self._files.move_to_end(shard)
@@ -183,7 +192,10 @@ class Prepared(Sequence[list[Sample]]):
     def _group(self, shard: int, group: int) -> _Group:
         key = shard, group
         if key not in self._groups:
-            self._groups[key] = _Group(self._file(shard)[0].read_row_group(group))
+            try:
+                self._groups[key] = _Group(self._file(shard)[0].read_row_group(group))
+            except (OSError, ValueError) as error:  # pyarrow's own errors are one or the other
+                raise self._damaged(shard, error) from None
             while len(self._groups) > KEPT_GROUPS:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
@@ -271,8 +283,11 @@ class _Group:
     def sample(self, row: int, decode: Decode | None) -> Sample:
         ends, messages, weights, reasons = (self._values(name, row).tolist() for name in SPANS)
         turns = self._table["turns"][row].as_py()
+        ids = self._values("input_ids", row)
+        if not len(ids) or ids.min() < 0:
+            raise ValueError("ids are numbers from 0 on")
         return Sample(
-            self._values("input_ids", row),
+            ids,
             tuple(Span(*span) for span in zip([0, *ends][: len(ends)], ends, messages, weights, map(Reason, reasons),
                                               strict=True)),
             {turn["message"]: turn["outcome"] for turn in turns if turn["outcome"] is not None},

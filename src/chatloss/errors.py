@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
-__all__ = ["ChatlossError", "CheckFailed", "DataError", "RecipeError", "TemplateError", "TokenizerError", "UsageError"]
+__all__ = ["ChatlossError", "CheckFailed", "DataError", "RecipeError", "TemplateError", "TokenizerError", "UsageError",
+           "one_line"]
+
+# Control characters, and those that change the direction of what follows.
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def one_line(text: str) -> str:
+    """`text`, which may quote a stranger's file, as part of one line of a terminal that it cannot command.
+
+    >>> one_line("a\\n\\x1b[31mb")
+    'a↵⟨U+001B⟩[31mb'
+    """
+    return _UNSAFE.sub(lambda match: _shown(match[0]), text)
+
+
+def _shown(char: str) -> str:
+    return {"\n": "↵", "\t": " "}.get(char, f"⟨U+{ord(char):04X}⟩")
 
 
 class ChatlossError(Exception):
@@ -34,11 +52,11 @@ class ChatlossError(Exception):
         return type(self)(self.what, where=f"{place} {self.where}".strip(), hint=self.hint, kind=self.kind)
 
     def __str__(self) -> str:
-        lines = [f"error: {self.what}"]
+        lines = [f"error: {one_line(self.what)}"]
         if self.where:
-            lines.append(f"  --> {self.where}")
+            lines.append(f"  --> {one_line(self.where)}")
         if self.hint:
-            lines.append(f"hint: {self.hint}")
+            lines.append(f"hint: {one_line(self.hint)}")
         return "\n".join(lines)
 
     def __reduce__(self) -> tuple[object, ...]:

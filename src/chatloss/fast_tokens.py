@@ -25,6 +25,7 @@ from chatloss.tokens import Encoded, FastTokens
 __all__ = ["ENCODERS", "FlatTokens", "Unequal", "loaded_with"]
 
 ENCODERS = ("auto", "reference", "fast")
+LARGEST_ID, MOST_PAIRS = 2**24, 2**24
 SAMPLE = 2048  # one text in so many is encoded by both
 # Scripts, spaces, digits and punctuation of all kinds: what pre-tokenizers tell apart.
 TEXTS = (
@@ -64,7 +65,7 @@ class FlatTokens(FastTokens):
         super().__init__(reference._tokenizer, owned=True)
         serialised = self.serialised()
         spec = json.loads(serialised)
-        reason = _not_byte_level(spec)
+        reason = _not_byte_level(spec) or _too_large(spec)
         if reason:
             raise TokenizerError(f"the fast encoder cannot tell offsets: {reason}", hint="--encoder reference")
         try:
@@ -204,6 +205,15 @@ def _not_byte_level(spec: Mapping[str, Any]) -> str:
     if any(step["type"] == "ByteLevel" and step.get("trim_offsets") for step in behind):
         return "it trims offsets"
     return ""
+
+
+def _too_large(spec: Mapping[str, Any]) -> str:
+    """Why tables over the ids, or over pairs of added tokens, would take too much memory or time; "" if they do not."""
+    ids = [*spec["model"]["vocab"].values(), *(token["id"] for token in spec["added_tokens"])]
+    if max(ids, default=0) >= LARGEST_ID:
+        return f"it has the id {max(ids):,}"
+    late = sum(bool(token.get("normalized")) for token in spec["added_tokens"])
+    return "it has too many added tokens" if late * (len(spec["added_tokens"]) - late) > MOST_PAIRS else ""
 
 
 def _overlaps(added: Sequence[Mapping[str, Any]]) -> list[str]:

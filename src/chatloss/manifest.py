@@ -14,10 +14,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from chatloss.chat import parse_json
 from chatloss.encode import ChatEncoder
+from chatloss.errors import DataError
 from chatloss.pipeline import Encoded
 
-__all__ = ["Counts", "differences", "file_sha256", "fingerprints", "write_json"]
+__all__ = ["FORMAT", "MANIFEST", "Counts", "differences", "file_sha256", "fingerprints", "read_manifest", "shard_file",
+           "write_json"]
+
+FORMAT = 3
+MANIFEST = "manifest.json"
 
 
 @dataclass(slots=True)
@@ -77,6 +83,37 @@ class Counts:
     def from_dict(cls, data: Mapping[str, Any]) -> Counts:
         plain: dict[str, Any] = {n: Counter(value) if isinstance(value, dict) else value for n, value in data.items()}
         return cls(**plain)
+
+
+def shard_file(index: int) -> str:
+    """Where shard `index` lies in its directory."""
+    return f"shards/{index:06}.parquet"
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a prepared directory, whoever made it. Raises `DataError` where it is none, or of another format.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise DataError("the prepared directory is not finished", where=str(directory),
+                        hint="run the same `chatloss prepare` again: it goes on where it stopped")
+    damaged = DataError("this is no manifest of `chatloss prepare`", where=str(path), kind="damaged",
+                        hint="prepare the chats again with --fresh")
+    try:
+        manifest: dict[str, Any] = parse_json(path.read_bytes())
+        version, shards = manifest["job"]["format"], manifest["shards"]
+        plain = [(shard["file"], shard["bytes"] >= 0, shard["conversations"] >= 0) for shard in shards]
+        sound = plain == [(shard_file(i), True, True) for i in range(len(shards))] and "export" in manifest["job"]
+        if version == FORMAT:
+            Counts.from_dict(manifest["counts"])
+    except (DataError, KeyError, TypeError, AttributeError):
+        raise damaged from None
+    if not sound:
+        raise damaged
+    if version != FORMAT:
+        raise DataError(f"the rows have format {version}, and this version reads {FORMAT}", where=str(path),
+                        hint="prepare the chats again with --fresh", kind="changed")
+    return manifest
 
 
 def fingerprints(encoder: ChatEncoder) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from chatloss.chat import Conversation, Label, Preference, Text
 from chatloss.encode import ChatEncoder, Encoding
@@ -14,6 +15,8 @@ from chatloss.pairs import Answer, Pair, answers_of, examine_judged, examine_pai
 from chatloss.reader import Reader
 
 __all__ = ["Encoded", "answers", "conversations_of", "encodings", "examples", "pairs", "records"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +65,20 @@ def records(
     supervised: bool = False,
 ) -> Iterator[list[Encoded]]:
     """The same, record by record: both answers of a preference pair together, everything else alone."""
-    for row in reader:
-        try:
-            if supervised and isinstance(row, Preference | Label):
-                raise DataError(
-                    "a preference row has no place in supervised training", where=row.source,
-                    hint="keep the chosen answers only, as messages", kind="preference",
-                )
-            made = _encode(row, encoder, markers)
-            fatal = next((p.error(e.source or row.source) for e in made for p in e.encoding.problems if p.fatal), None)
-            if strict and fatal is not None:
-                raise fatal
-        except ChatlossError as error:
-            reader.reject(row.source, error)
-            continue
-        yield made
+
+    def made(row: Row) -> list[list[Encoded]]:
+        if supervised and isinstance(row, Preference | Label):
+            raise DataError(
+                "a preference row has no place in supervised training", where=row.source,
+                hint="keep the chosen answers only, as messages", kind="preference",
+            )
+        record = _encode(row, encoder, markers)
+        fatal = next((p.error(e.source or row.source) for e in record for p in e.encoding.problems if p.fatal), None)
+        if strict and fatal is not None:
+            raise fatal
+        return [record]
+
+    return _of_each(reader, made)
 
 
 def examples(reader: Reader, encoder: ChatEncoder, *, markers: Markers | None = None) -> Iterator[Encoded]:
@@ -88,35 +90,42 @@ def examples(reader: Reader, encoder: ChatEncoder, *, markers: Markers | None = 
 
 def pairs(reader: Reader, encoder: ChatEncoder) -> Iterator[Pair]:
     """What preference training takes: pairs that are whole. Rows that give none join the reader's rejects."""
-    for row in reader:
-        try:
-            if not isinstance(row, Preference):
-                raise DataError(
-                    "not a preference pair", where=row.source, kind="not a pair",
-                    hint="rows need chosen and rejected; judged single answers are for objective = 'kto'",
-                )
-            pair = pair_of(encoder, row)
-        except ChatlossError as error:
-            reader.reject(row.source, error)
-            continue
-        if pair is not None:
-            yield pair
+
+    def made(row: Row) -> list[Pair]:
+        if not isinstance(row, Preference):
+            raise DataError(
+                "not a preference pair", where=row.source, kind="not a pair",
+                hint="rows need chosen and rejected; judged single answers are for objective = 'kto'",
+            )
+        pair = pair_of(encoder, row)
+        return [] if pair is None else [pair]
+
+    return _of_each(reader, made)
 
 
 def answers(reader: Reader, encoder: ChatEncoder) -> Iterator[Answer]:
     """What KTO takes: judged answers; a pair gives one of each kind. Rows that give none join the reader's rejects."""
+
+    def made(row: Row) -> list[Answer]:
+        if not isinstance(row, Preference | Label):
+            raise DataError(
+                "not a judged answer", where=row.source, kind="not judged",
+                hint="rows need a boolean label, or chosen and rejected",
+            )
+        return answers_of(encoder, row)
+
+    return _of_each(reader, made)
+
+
+def _of_each(reader: Reader, made: Callable[[Row], list[T]]) -> Iterator[T]:
+    """All that is made of each row; a row of which it raises joins the rejects."""
     for row in reader:
         try:
-            if not isinstance(row, Preference | Label):
-                raise DataError(
-                    "not a judged answer", where=row.source, kind="not judged",
-                    hint="rows need a boolean label, or chosen and rejected",
-                )
-            made = answers_of(encoder, row)
+            found = made(row)
         except ChatlossError as error:
             reader.reject(row.source, error)
-            continue
-        yield from made
+        else:
+            yield from found
 
 
 def _encode(row: Row, encoder: ChatEncoder, markers: Markers | None) -> list[Encoded]:

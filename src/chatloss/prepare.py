@@ -21,12 +21,22 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
-from chatloss.dataset import MANIFEST, ShardWriter
+from chatloss.dataset import ShardWriter
 from chatloss.encode import ChatEncoder
 from chatloss.errors import ChatlossError, DataError
 from chatloss.fast_tokens import FlatTokens, Unequal, loaded_with
 from chatloss.load import Loaded, load_tokenizer
-from chatloss.manifest import Counts, differences, file_sha256, fingerprints, write_json
+from chatloss.manifest import (
+    FORMAT,
+    MANIFEST,
+    Counts,
+    differences,
+    file_sha256,
+    fingerprints,
+    read_manifest,
+    shard_file,
+    write_json,
+)
 from chatloss.markers import Markers
 from chatloss.pipeline import Encoded, records
 from chatloss.policy import Policy
@@ -34,7 +44,6 @@ from chatloss.shards import Shard, ShardReader, check_unchanged, inputs_of, shar
 
 __all__ = ["Job", "prepare", "run_shard"]
 
-FORMAT = 2
 WORK = ".prepare"  # what is done so far; gone when all is
 UNEQUAL = "unequal.json"  # in WORK: a text on which the fast encoder was seen to differ
 FAST_BYTES = 8 * 2**20  # of input, for which loading the fast encoder takes less time than it saves
@@ -85,7 +94,7 @@ class Job:
 def run_shard(job: Job, encoder: ChatEncoder, shard: Shard, directory: Path) -> Counts:
     """Encode one shard and put it, then its marker, into `directory`; returns what became of its records."""
     reader, counts = ShardReader(shard), Counts()
-    target = directory / _file(shard.index)
+    target = directory / shard_file(shard.index)
     partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with ShardWriter(partial, job.export) as writer:
@@ -105,7 +114,7 @@ def run_shard(job: Job, encoder: ChatEncoder, shard: Shard, directory: Path) -> 
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     done = {
-        "file": _file(shard.index), "conversations": writer.conversations, "rows": writer.rows,
+        "file": shard_file(shard.index), "conversations": writer.conversations, "rows": writer.rows,
         "bytes": partial.stat().st_size, "sha256": file_sha256(partial),
     }
     partial.replace(target)
@@ -124,10 +133,6 @@ def _beyond_labels(record: Sequence[Encoded]) -> DataError | None:
         return None
     return DataError(f"labels cannot hold the weight {min(weights):g}", where=rows[0].source, kind="weights",
                      hint="train with chatloss, or give no weights but 0 and 1")
-
-
-def _file(index: int) -> str:
-    return f"shards/{index:06}.parquet"
 
 
 def _marker(directory: Path, index: int) -> Path:
@@ -161,7 +166,7 @@ def prepare(
     clock = _agreed(directory, about, encoder)
     if (directory / MANIFEST).is_file():
         shutil.rmtree(work)
-        return _manifest(directory)
+        return read_manifest(directory)
     total_bytes = sum(one.size for one in inputs)
     if (job.backend == "auto" and total_bytes < FAST_BYTES) or (work / UNEQUAL).exists():
         job = replace(job, backend="reference")
@@ -200,16 +205,11 @@ def _clear(directory: Path, fresh: bool) -> None:
         left.unlink(missing_ok=True)
 
 
-def _manifest(directory: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((directory / MANIFEST).read_text("utf-8"))
-    return found
-
-
 def _agreed(directory: Path, about: dict[str, Any], encoder: ChatEncoder) -> str:
     """The time that templates see, settled when the directory was begun; raises if it was begun as something else."""
     path = directory / WORK / "job.json"
     if (directory / MANIFEST).is_file():
-        before = _manifest(directory)["job"]
+        before = read_manifest(directory)["job"]
     elif path.is_file():
         before = json.loads(path.read_text("utf-8"))
     else:

@@ -28,7 +28,8 @@ from chatloss.formats import INPUT_FORMATS, Row, detect, parse
 from chatloss.streams import READ_ERRORS, RawStream, Record, decompressed, text_records
 from chatloss.tables import TABLE_MAGIC, cleaner, table_values
 
-__all__ = ["INPUT_FORMATS", "Reader", "Reject", "path_records", "read", "told_format", "until_unreadable"]
+__all__ = ["INPUT_FORMATS", "Reader", "Reject", "path_records", "read", "saved_parts", "told_format",
+           "until_unreadable"]
 
 KEPT_REJECTS = 100_000
 HEAD_ROWS, HEAD_RECORDS = 10, 1000  # a format is told by the first rows among the first records
@@ -267,7 +268,12 @@ def _stream_records(raw: RawStream, path: Path | None, input_format: str) -> Ite
 
 
 def _directory_records(path: Path) -> Iterator[Record]:
-    """A directory that `datasets.Dataset.save_to_disk` wrote: Arrow streams in the order its state.json names."""
+    """A directory that `datasets.Dataset.save_to_disk` wrote."""
+    yield from enumerate(chain.from_iterable(table_values(part, None, "stream") for part in saved_parts(path)), 1)
+
+
+def saved_parts(path: Path) -> list[Path]:
+    """The Arrow streams of such a directory, in the order its state.json names; none of them is anywhere else."""
     if (path / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(str(item) for item in path.iterdir() if item.is_dir()))
         raise _unusable("a directory of several splits", f"give one of them: {splits}")
@@ -279,7 +285,10 @@ def _directory_records(path: Path) -> Iterator[Record]:
         names = [str(file["filename"]) for file in parse_json((path / "state.json").read_bytes())["_data_files"]]
     except (DataError, KeyError, TypeError):
         raise _unusable("its state.json names no data files", "save the dataset again") from None
-    yield from enumerate(chain.from_iterable(table_values(path / name, None, "stream") for name in names), 1)
+    outside = next((name for name in names if Path(name).name != name or name in ("", "..")), None)
+    if outside is not None:
+        raise _unusable(f"its state.json names a file that is not in it: {outside!r}", "save the dataset again")
+    return [path / name for name in names]
 
 
 def _hub_records(name: str) -> Iterator[Record]:

@@ -247,6 +247,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
         # A key is looked up in a dict at once.
         return value if type(value) is dict else self.meter.weighed(value)
 
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """What jinja's own does. Filters that take an attribute come here too, and may hash a large tuple often."""
+        if type(obj) is dict and type(argument) is str and argument in obj:
+            return obj[argument]
+        return super().getitem(obj, self.meter.weighed(argument) if isinstance(argument, tuple) else argument)
+
     def getattr(self, obj: Any, attribute: str) -> Any:
         """What jinja's own does, sooner for what templates mostly read: keys of messages, where a loop stands."""
         kind = type(obj)

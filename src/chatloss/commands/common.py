@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from chatloss.errors import UsageError
+from chatloss.errors import UsageError, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,8 +33,9 @@ def tell_rejects(rejects: Sequence[Any], counts: Any, rejected: int) -> None:
         if reject.kind not in seen:
             seen.add(reject.kind)
             count = counts[reject.kind]
-            print(f"rejected: {count} row{'s' * (count != 1)} ({reject.kind}): {reject.what}", file=sys.stderr)
-            print(f"  --> {reject.where}\nhint: {reject.hint}", file=sys.stderr)
+            print(f"rejected: {count} row{'s' * (count != 1)} ({reject.kind}): {one_line(reject.what)}",
+                  file=sys.stderr)
+            print(f"  --> {one_line(reject.where)}\nhint: {one_line(reject.hint)}", file=sys.stderr)
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import click
 
 from chatloss.commands.common import console, numbers, print_json, tell_rejects
 from chatloss.commands.labels import audit_labels
-from chatloss.errors import UsageError
+from chatloss.errors import UsageError, one_line
 from chatloss.options import Source, reading_options
 
 if TYPE_CHECKING:
@@ -74,8 +74,9 @@ def view(
                 out.print()
             for problem in one.encoding.problems:
                 where = one.conversation.source if one.conversation else ""
-                out.print(f"! {where} messages[{problem.message}]: {problem.detail}", style="yellow", markup=False)
-                out.print(f"  hint: {problem.remedy}", markup=False)
+                what = one_line(f"! {where} messages[{problem.message}]: {problem.detail}")
+                out.print(what, style="yellow", markup=False)
+                out.print(f"  hint: {one_line(problem.remedy)}", markup=False)
         out.print(render_summary(samples))
     if row is not None and not shown:
         raise UsageError(f"there is no conversation {row}", hint=f"the data has {reader.n_rows}")

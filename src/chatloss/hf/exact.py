@@ -53,7 +53,14 @@ class ExactLoss(_Trainer):  # type: ignore[misc]
         if self.accelerator.num_processes > 1 and not hasattr(self.train_dataset, "__len__"):
             raise _uncounted()
         if self.train_dataset is not None:
-            _check_isolation(self.model, self.data_collator(list(islice(iter(self.train_dataset), 3))))
+            batch = self.data_collator(list(islice(iter(self.train_dataset), 3)))
+            missing = [name for name in ("input_ids", "position_ids", "weights", "denominator") if name not in batch]
+            if missing:
+                raise RecipeError(
+                    f"the data collator makes no {' and no '.join(missing)}", where="data_collator",
+                    hint="leave it out, or give chatloss.hf.Collator(...)",
+                )
+            _check_isolation(self.model, batch)
         return super().train(*args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chatloss.chat import parse_json
 from chatloss.errors import ChatlossError, DataError
-from chatloss.reader import KEPT_REJECTS, Reject
-from chatloss.streams import READ_ERRORS, RawStream, decompressed, text_records
+from chatloss.reader import KEPT_REJECTS, Reject, saved_parts, until_unreadable
+from chatloss.streams import RawStream, decompressed, text_records
 from chatloss.tables import TABLE_MAGIC
 
 __all__ = ["IGNORED", "MASKS", "LabelReader", "LabelRow", "read_labels"]
@@ -69,7 +68,7 @@ class LabelReader:
     def __iter__(self) -> Iterator[LabelRow]:
         self._reset()
         for name, records in self._records:
-            for row, value in _until_unreadable(records()):
+            for row, value in _readable(records()):
                 self.n_rows += 1
                 source = f"{name}:{row}" if row else name
                 try:
@@ -257,25 +256,17 @@ def _changes(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def _until_unreadable(records: Iterator[Record]) -> Iterator[Record]:
+def _readable(records: Iterator[Record]) -> Iterator[Record]:
     """The records, and what ended them early as a last one; nothing read at all is an error."""
-    row = 0
-    try:
-        for record in records:
-            row = record[0]
-            yield record
-    except READ_ERRORS as error:
-        yield row + 1, DataError(f"the rest of the file cannot be read: {error}", kind="unreadable",
-                                 hint="check its permissions, or copy it again")
-    except DataError as error:
+    for row, value in until_unreadable(records):
         if not row:
-            raise
-        yield row + 1, error
+            raise value
+        yield row, value
 
 
 def _path_records(path: Path) -> Iterator[Record]:
     if path.is_dir():
-        yield from enumerate(chain.from_iterable(_table(part, "stream") for part in _parts(path)), 1)
+        yield from enumerate(chain.from_iterable(_table(part, "stream") for part in saved_parts(path)), 1)
         return
     try:
         file = path.open("rb", buffering=0)
@@ -293,20 +284,6 @@ def _path_records(path: Path) -> Iterator[Record]:
             yield from enumerate(_table(path, kind), 1)
         else:
             yield from enumerate(_table(io.BytesIO(io.BufferedReader(stream).read()), kind), 1)
-
-
-def _parts(path: Path) -> list[Path]:
-    """The Arrow files of a directory that `datasets` wrote, in their order."""
-    if (path / "dataset_dict.json").is_file():
-        splits = ", ".join(sorted(str(item) for item in path.iterdir() if item.is_dir()))
-        raise DataError("a directory of several splits", where=str(path), hint=f"give one: {splits}", kind="source")
-    try:
-        state = parse_json((path / "state.json").read_bytes())
-        return [path / str(file["filename"]) for file in state["_data_files"]]
-    except (OSError, DataError, KeyError, TypeError):
-        files = sorted(item.name for item in path.iterdir())[:5]
-        hint = f"give one of its files: {', '.join(files)}" if files else "it is empty"
-        raise DataError("no directory of `save_to_disk`", where=str(path), hint=hint, kind="source") from None
 
 
 def _table(file: Any, kind: str) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -85,6 +86,35 @@ def _chunk_rows(weight: Tensor) -> int:
     return max(16, CHUNK_ELEMENTS.get(weight.device.type, 2**24) // weight.shape[0])
 
 
+class _HeadGradient:
+    """The gradient of a head, summed chunk by chunk: of `hidden` in its own precision, of the rest in float32 at least.
+
+    `parts`: of hidden, weight and bias, None where not wanted.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wants: Sequence[bool]) -> None:
+        acc = _at_least_float32(hidden)
+        self.hidden, self.weight = hidden, weight
+        self.parts = (
+            torch.empty_like(hidden) if wants[0] else None,
+            torch.zeros_like(weight, dtype=acc) if wants[1] else None,
+            torch.zeros_like(bias, dtype=acc) if wants[2] and bias is not None else None,
+        )
+
+    def add(self, at: slice, d_logits: Tensor) -> None:
+        """`d_logits` [chunk, vocabulary] is the gradient of the logits of ``hidden[at]``."""
+        d_hidden, d_weight, d_bias = self.parts
+        if d_bias is not None:
+            d_bias += d_logits.sum(0)
+        low = d_logits.to(self.hidden.dtype)
+        if d_hidden is not None:
+            torch.mm(low, self.weight, out=d_hidden[at])
+        if d_weight is not None and low.dtype == d_weight.dtype:
+            d_weight.addmm_(low.T, self.hidden[at])
+        elif d_weight is not None:
+            d_weight += low.T @ self.hidden[at]
+
+
 class _TokenNLL(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -105,9 +135,7 @@ class _TokenNLL(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target_ids = ctx.saved_tensors
         wants, acc = ctx.needs_input_grad, _at_least_float32(hidden)
-        d_hidden = torch.empty_like(hidden) if wants[0] else None
-        d_weight = torch.zeros_like(weight, dtype=acc) if wants[1] else None
-        d_bias = torch.zeros_like(bias, dtype=acc) if wants[2] and bias is not None else None
+        sums = _HeadGradient(hidden, weight, bias, wants)
         for start in range(0, len(hidden), ctx.rows):
             at = slice(start, start + ctx.rows)
             g = grads[0][at, None].to(acc)
@@ -117,17 +145,9 @@ class _TokenNLL(torch.autograd.Function):
             z = logits.exp_().sum(-1, keepdim=True)
             d_logits = logits.mul_(g / z)
             d_logits.scatter_add_(1, target_ids[at, None], -g)
-            if d_bias is not None:
-                d_bias += d_logits.sum(0)
-            low = d_logits.to(hidden.dtype)
-            if d_hidden is not None:
-                torch.mm(low, weight, out=d_hidden[at])
-            if d_weight is not None and low.dtype == acc:
-                d_weight.addmm_(low.T, hidden[at])
-            elif d_weight is not None:
-                d_weight += low.T @ hidden[at]
-        return (d_hidden, None if d_weight is None else d_weight.to(weight.dtype),
-                None if d_bias is None or bias is None else d_bias.to(bias.dtype), None, None)
+            sums.add(at, d_logits)
+        parts = zip(sums.parts, (hidden, weight, bias), strict=True)
+        return (*(None if d is None else d.to(given.dtype) for d, given in parts), None, None)
 
 
 class _WeightedNLL(torch.autograd.Function):
@@ -138,9 +158,7 @@ class _WeightedNLL(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         acc = _at_least_float32(hidden)
         wants = [grad and needed for needed in ctx.needs_input_grad[:3]]
-        d_hidden = torch.empty_like(hidden) if wants[0] else None
-        d_weight = torch.zeros_like(weight, dtype=acc) if wants[1] else None
-        d_bias = torch.zeros_like(bias, dtype=acc) if wants[2] and bias is not None else None
+        sums = _HeadGradient(hidden, weight, bias, wants)
         nll = torch.empty(len(hidden), dtype=acc, device=hidden.device)
         for start in range(0, len(hidden), rows):
             at = slice(start, start + rows)
@@ -155,16 +173,8 @@ class _WeightedNLL(torch.autograd.Function):
             # d(w * nll)/d logits = w * (softmax - one_hot), in the logits' own memory.
             d_logits = logits.mul_(weights[at, None] / z)
             d_logits.scatter_add_(1, target, -weights[at, None].to(acc))
-            if d_bias is not None:
-                d_bias += d_logits.sum(0)
-            low = d_logits.to(hidden.dtype)
-            if d_hidden is not None:
-                torch.mm(low, weight, out=d_hidden[at])
-            if d_weight is not None and low.dtype == acc:
-                d_weight.addmm_(low.T, hidden[at])
-            elif d_weight is not None:
-                d_weight += low.T @ hidden[at]
-        ctx.gradients = (d_hidden, d_weight, d_bias)
+            sums.add(at, d_logits)
+        ctx.gradients = sums.parts
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(nll)
         return (nll * weights).sum(), nll
