@@ -27,7 +27,7 @@ from markupsafe import EscapeFormatter, Markup
 
 from chatloss.meter import Bounds, Exceeded, Meter
 
-__all__ = ["Bounds", "Exceeded", "Sandbox"]
+__all__ = ["Bounds", "Exceeded", "SafeNamespace", "Sandbox"]
 
 
 class _Generation(Extension):
@@ -45,8 +45,8 @@ class _Generation(Extension):
 
 
 # Filters that only `_Count` writes into a template: jinja compiles a filter to a plain call, and no name has a space.
-_TICK, _EACH, _WEIGHED, _SLICED, _CONCATENATED = " tick", " each", " weighed", " sliced", " concatenated"
-_SEARCHED = " searched"
+TICK, EACH, WEIGHED, SLICED, CONCATENATED = " tick", " each", " weighed", " sliced", " concatenated"
+SEARCHED = " searched"
 
 
 class _Count(NodeTransformer):
@@ -57,7 +57,7 @@ class _Count(NodeTransformer):
         self.generic_visit(node)
         if node.recursive:  # such a loop hands other iterables on to itself
             node.body.insert(0, _tick(8 + cost, node))
-        node.iter = _filter(_EACH, node.iter, nodes.Const(cost))
+        node.iter = _filter(EACH, node.iter, nodes.Const(cost))
         return node
 
     def visit_Macro(self, node: nodes.Macro | nodes.CallBlock) -> nodes.Node:
@@ -70,15 +70,15 @@ class _Count(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        return _filter(_CONCATENATED, *node.nodes)
+        return _filter(CONCATENATED, *node.nodes)
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
         if not isinstance(node.arg, nodes.Slice):
-            node.arg = node.arg if _constant(node.arg) else _filter(_WEIGHED, node.arg)
+            node.arg = node.arg if _constant(node.arg) else _filter(WEIGHED, node.arg)
             return node
         limits = (node.arg.start, node.arg.stop, node.arg.step)
-        return _filter(_SLICED, node.node, *(nodes.Const(None) if limit is None else limit for limit in limits))
+        return _filter(SLICED, node.node, *(nodes.Const(None) if limit is None else limit for limit in limits))
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)
@@ -88,15 +88,15 @@ class _Count(NodeTransformer):
             # Comparing with a constant takes no longer than the constant; searching is as long as what is searched.
             if not (_constant(right) or (_constant(left) and operand.op not in ("in", "notin"))):
                 if left is node.expr:
-                    node.expr = _filter(_WEIGHED, left)
-                operand.expr = _filter(_SEARCHED if operand.op in ("in", "notin") else _WEIGHED, right)
+                    node.expr = _filter(WEIGHED, left)
+                operand.expr = _filter(SEARCHED if operand.op in ("in", "notin") else WEIGHED, right)
             left = right
         return node
 
     def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
         self.generic_visit(node)
         if not _constant(node.key):
-            node.key = _filter(_WEIGHED, node.key)
+            node.key = _filter(WEIGHED, node.key)
         return node
 
 
@@ -105,7 +105,7 @@ def _filter(name: str, value: nodes.Node, *args: nodes.Expr) -> nodes.Filter:
 
 
 def _tick(cost: int, node: nodes.Node) -> nodes.Node:
-    return nodes.ExprStmt(_filter(_TICK, nodes.Const(cost, lineno=node.lineno)), lineno=node.lineno)
+    return nodes.ExprStmt(_filter(TICK, nodes.Const(cost, lineno=node.lineno)), lineno=node.lineno)
 
 
 def _cost(body: list[nodes.Node]) -> int:
@@ -129,7 +129,7 @@ class _SafeDict:
         return dict.fromkeys(*args)
 
 
-class _SafeNamespace(Namespace):
+class SafeNamespace(Namespace):
     """The ``namespace`` of templates: no underscore names, so nothing of Python's internals is reachable."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
@@ -181,7 +181,7 @@ _WIDE_METHODS = frozenset("ljust rjust center zfill expandtabs to_bytes".split()
 _SHORT = 1024
 _PLAIN_METHODS = frozenset("strip lstrip rstrip startswith endswith split rsplit upper lower title capitalize".split())
 _PLAIN_FILTERS = frozenset("trim string safe upper lower length default d tojson".split())
-_DICT_METHODS = frozenset(dir(dict))
+DICT_METHODS = frozenset(dir(dict))
 _PLAIN_VALUES = frozenset((str, int, bool, float, list, dict))
 _LOOP_VALUES = frozenset("first last index index0 revindex revindex0 length".split())
 _NUMERIC_TESTS = frozenset("odd even divisibleby".split())
@@ -206,14 +206,14 @@ class Sandbox(ImmutableSandboxedEnvironment):
         for name in _NUMERIC_TESTS | _READING_TESTS:
             self.tests[name] = self._bounded(name, tests[name], self._before_test)
         own: dict[str, Callable[..., Any]] = {
-            _TICK: meter.tick, _EACH: meter.each, _WEIGHED: meter.weighed, _SLICED: self._sliced,
-            _CONCATENATED: self._concatenated, _SEARCHED: self._searched,
+            TICK: meter.tick, EACH: meter.each, WEIGHED: meter.weighed, SLICED: self._sliced,
+            CONCATENATED: self._concatenated, SEARCHED: self._searched,
         }
         self.filters |= {name: _never_folded(function) for name, function in own.items()}
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = lambda form: clock().strftime(meter.narrow(form))
         self.globals["dict"] = _SafeDict()
-        self.globals["namespace"] = _SafeNamespace
+        self.globals["namespace"] = SafeNamespace
         lipsum: Any = self.globals["lipsum"]
         self.globals["lipsum"] = lambda *args, **kwargs: lipsum(*_few(args), **_few(kwargs))
 
@@ -256,11 +256,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def getattr(self, obj: Any, attribute: str) -> Any:
         """What jinja's own does, sooner for what templates mostly read: keys of messages, where a loop stands."""
         kind = type(obj)
-        if kind is dict and attribute not in _DICT_METHODS:
+        if kind is dict and attribute not in DICT_METHODS:
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
         if (kind is LoopContext and attribute in _LOOP_VALUES) or (kind is str and attribute in _PLAIN_METHODS):
             return getattr(obj, attribute)
-        if kind is _SafeNamespace and not attribute.startswith("_"):
+        if kind is SafeNamespace and not attribute.startswith("_"):
             value = getattr(obj, attribute, None)
             if type(value) in _PLAIN_VALUES:
                 return value

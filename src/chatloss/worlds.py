@@ -1,0 +1,469 @@
+"""Values that differ between renderings that run together: what `traced` templates compute with.
+
+A world is one rendering: a list of messages, with or without the generation prompt. All worlds run at once, in one
+pass through the template. `Worlds.mask` has a bit for each world that the code at hand runs for. A value that is not the
+same in all of them is a `Varied`, and whatever is done with it is done once for each of its values, so that every world
+gets what it would have got alone. Where worlds take different branches, the branches run one after the other, each
+for its own worlds. What cannot be done so raises `Unproven`: never is one world's value taken for another's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NoReturn
+
+from jinja2.runtime import LoopContext, Undefined, missing
+
+from chatloss.meter import Exceeded
+
+__all__ = ["Buffer", "Facets", "Loop", "Unproven", "Varied", "Worlds"]
+
+Facets = list[tuple[int, Any]]
+_SCALARS = frozenset((str, int, bool, float, type(None)))
+_ALONE = (Exceeded, RecursionError, MemoryError)
+
+
+class Unproven(Exception):
+    """Something that is not known to give every world what it would get alone."""
+
+
+class Varied:
+    """A value by worlds: `facets` are (mask, value), of which the first that has a world's bit holds.
+
+    If `items` is not None the values are lists that begin alike: item `i` is ``items[i]`` in the worlds of
+    ``longer[i]``, and the others have no such item. `items` may be varied themselves.
+    """
+
+    __slots__ = ("_facets", "items", "longer", "sizes")
+
+    def __init__(
+        self, facets: Facets | None, items: list[Any] | None = None, longer: Sequence[int] = (),
+        sizes: Facets | None = None,
+    ) -> None:
+        self._facets = facets
+        self.items = items
+        self.longer = longer
+        self.sizes = sizes
+
+    @property
+    def facets(self) -> Facets:
+        if self._facets is None:
+            assert self.items is not None and self.sizes is not None
+            self._facets = [facet for mask, size in self.sizes for facet in _lists(self.items[:size], mask)]
+        return self._facets
+
+    def _unproven(self, *args: Any) -> NoReturn:
+        raise Unproven("a value that differs between renderings was used as one")
+
+    __bool__ = __str__ = __repr__ = __len__ = __iter__ = __hash__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = _unproven
+    __ge__ = __contains__ = __getitem__ = __index__ = __format__ = __call__ = __add__ = __radd__ = _unproven
+
+
+def _lists(items: list[Any], mask: int) -> Facets:
+    """The lists that `items` are in the worlds of `mask`."""
+    found: Facets = [(mask, items)]
+    for i, item in enumerate(items):
+        if type(item) is Varied:
+            found = [
+                (m & mask, [*values[:i], value, *values[i + 1 :]])
+                for mask, values in found for m, value in item.facets if m & mask
+            ]
+    return found
+
+
+def _key(value: Any) -> Any:
+    kind = type(value)
+    return (kind, value) if kind in _SCALARS else id(value)
+
+
+def _merged(found: Facets) -> Any:
+    """The value that all of `found` have, or a `Varied` in which equal values are one."""
+    first = found[0][1]
+    if len(found) == 1:
+        return first
+    values: dict[Any, tuple[int, Any]] = {}
+    for mask, value in found:
+        key = _key(value)
+        values[key] = (values[key][0] | mask, value) if key in values else (mask, value)
+    return first if len(values) == 1 else Varied([*values.values()])
+
+
+class Buffer:
+    """Text that worlds write: pieces, each with the worlds that wrote it."""
+
+    __slots__ = ("_worlds", "pieces")
+
+    def __init__(self, worlds: Worlds) -> None:
+        self._worlds = worlds
+        self.pieces: list[tuple[int, list[str]]] = []
+
+    def append(self, text: Any) -> None:
+        if type(text) is Varied:
+            for mask, value in self._worlds.seen(text):
+                self._write(mask, value)
+        else:
+            self._write(self._worlds.mask, text)
+
+    def _write(self, mask: int, text: str) -> None:
+        if self.pieces and self.pieces[-1][0] == mask:
+            self.pieces[-1][1].append(text)
+        else:
+            self.pieces.append((mask, [text]))
+
+    def texts(self, worlds: int) -> Facets:
+        """(mask, text) of all `worlds`, those that wrote the same together."""
+        # The texts so far, those last written to in front: a piece is mostly the same worlds' as the one before.
+        found: list[tuple[int, list[str]]] = [(worlds, [])]
+        for piece_mask, parts in self.pieces:
+            left = piece_mask & worlds
+            text = "".join(parts)
+            touched: list[tuple[int, list[str]]] = []
+            at = 0
+            while left and at < len(found):
+                mask, before = found[at]
+                shared = mask & left
+                if not shared:
+                    at += 1
+                    continue
+                left ^= shared
+                if shared == mask:
+                    del found[at]
+                    before.append(text)
+                    touched.append((mask, before))
+                else:
+                    before[:] = ["".join(before)]
+                    found[at] = (mask ^ shared, before)
+                    touched.append((shared, [*before, text]))
+                    at += 1
+            found[:0] = touched
+        return [(mask, "".join(parts)) for mask, parts in found]
+
+
+class Loop:
+    """``loop`` in a loop over a list that worlds have more or less of."""
+
+    __slots__ = ("_items", "_worlds", "index0")
+
+    def __init__(self, worlds: Worlds, items: Varied) -> None:
+        self._worlds = worlds
+        self._items = items
+        self.index0 = -1
+
+    @property
+    def index(self) -> int:
+        return self.index0 + 1
+
+    @property
+    def first(self) -> bool:
+        return self.index0 == 0
+
+    @property
+    def length(self) -> Any:
+        return self._worlds.length(self._items)
+
+    @property
+    def last(self) -> Any:
+        longer, worlds = self._items.longer, self._worlds
+        more = (longer[self.index] if self.index < len(longer) else 0) & worlds.mask
+        return not more if more in (0, worlds.mask) else Varied([(more, False), (worlds.mask ^ more, True)])
+
+    @property
+    def revindex(self) -> Any:
+        return self._worlds.lift(lambda length: length - self.index0, self.length)
+
+    @property
+    def revindex0(self) -> Any:
+        return self._worlds.lift(lambda length: length - self.index, self.length)
+
+    @property
+    def nextitem(self) -> Any:
+        return self._worlds.item(self._items, self.index, Undefined("there is no next item"))
+
+    @property
+    def previtem(self) -> Any:
+        if self.index0 == 0:
+            return Undefined("there is no previous item")
+        return self._worlds.item(self._items, self.index0 - 1, None)
+
+    @property
+    def depth(self) -> int:
+        return 1
+
+    @property
+    def depth0(self) -> int:
+        return 0
+
+
+class Worlds:
+    """The worlds of one traced rendering: for which of them code runs (`mask`), and how values differ between them.
+
+    `out`: those that have left the current iteration; `broken`: the current loop; `dead`: those that raised something.
+    """
+
+    __slots__ = ("all", "broken", "buffer", "dead", "mask", "out", "spaces", "tick")
+
+    def __init__(self, tick: Callable[[int], None]) -> None:
+        self.tick = tick
+        self.begin(0)
+
+    def begin(self, count: int) -> None:
+        """Start with `count` worlds."""
+        self.all = self.mask = (1 << count) - 1
+        self.out = self.broken = self.dead = 0
+        self.buffer = Buffer(self)
+        self.spaces: dict[int, tuple[Any, int]] = {}
+
+    # -- values ----------------------------------------------------------------------------------------------------
+
+    def seen(self, value: Varied) -> Facets:
+        """The facets of `value` in the worlds that run."""
+        left, found = self.mask, []
+        for mask, one in value.facets:
+            shared = mask & left
+            if shared:
+                found.append((shared, one))
+                left ^= shared
+                if not left:
+                    return found
+        raise Unproven("a value is not known in all worlds")
+
+    def see(self, value: Any) -> Any:
+        """What `value` is in the worlds that run: itself, one of its facets, or fewer of them."""
+        if type(value) is not Varied or value.items is not None:
+            return value
+        found = self.seen(value)
+        return found[0][1] if len(found) == 1 else _merged(found)
+
+    def name(self, value: Varied, name: str, undefined: Callable[..., Any]) -> Any:
+        """`see` for a variable, which may not be set in some of the worlds."""
+        value = self.see(value)
+        if type(value) is Varied and value.items is None:
+            return _merged([(m, undefined(name=name) if one is missing else one) for m, one in value.facets])
+        return undefined(name=name) if value is missing else value
+
+    def put(self, before: Any, value: Any) -> Any:
+        """A variable that was `before` after `value` was assigned to it in the worlds that run."""
+        facets = self.seen(value) if type(value) is Varied else [(self.mask, value)]
+        old = before.facets if type(before) is Varied else [(self.all, before)]
+        return Varied([*facets, *((m, one) for m, one in old if m & ~self.mask)])
+
+    def lift(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``function(*args, **kwargs)``, called for each value of the arguments that vary."""
+        for i, value in enumerate(args):
+            if type(value) is Varied:
+                return self._each(value, lambda one: self.lift(function, *args[:i], one, *args[i + 1 :], **kwargs))
+        for key, value in kwargs.items():
+            if type(value) is Varied:
+                return self._each(value, lambda one: self.lift(function, *args, **{**kwargs, key: one}))
+        return function(*args, **kwargs)
+
+    def _each(self, value: Varied, function: Callable[[Any], Any]) -> Any:
+        entry, found = self.mask, []
+        try:
+            for mask, one in self.seen(value):
+                self.mask = mask
+                made = function(one)
+                found += self.seen(made) if type(made) is Varied else [(mask, made)]
+        finally:
+            self.mask = entry
+        return _merged(found)
+
+    def plain(self, value: Any) -> Any:
+        """`value`, which must be the same in all worlds that run."""
+        if type(value) is Varied:
+            raise Unproven("a test that differs between renderings")
+        return value
+
+    def settled(self, value: Any) -> Any:
+        """`value`, which must not be an iterator: what one world takes from it another would miss."""
+        for one in [one for _, one in self.seen(value)] if type(value) is Varied else [value]:
+            if isinstance(one, Iterator):
+                raise Unproven("an iterator is kept")
+        return value
+
+    def new_buffer(self) -> Buffer:
+        return Buffer(self)
+
+    # -- operators -------------------------------------------------------------------------------------------------
+
+    def both(self, left: Any, right: Callable[[], Any]) -> Any:
+        """``left and right()``."""
+        return self.cond(left, right, lambda: left)
+
+    def either(self, left: Any, right: Callable[[], Any]) -> Any:
+        """``left or right()``."""
+        return self.cond(left, lambda: left, right)
+
+    def cond(self, test: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+        """``yes() if test else no()``."""
+        if type(test) is not Varied:
+            return yes() if test else no()
+        entry, found = self.mask, []
+        true, false = self._sides(test)
+        try:
+            for mask, function in ((true, yes), (false, no)):
+                if mask:
+                    self.mask = mask
+                    made = function()
+                    found += self.seen(made) if type(made) is Varied else [(mask, made)]
+        finally:
+            self.mask = entry
+        return _merged(found)
+
+    def _sides(self, test: Varied) -> tuple[int, int]:
+        true = false = 0
+        for mask, value in self.seen(test):
+            if value:
+                true |= mask
+            else:
+                false |= mask
+        return true, false
+
+    def negated(self, value: Varied) -> Any:
+        return self.lift(lambda one: not one, value)
+
+    def made(self, kind: Callable[[Iterable[Any]], Any], items: Sequence[Any]) -> Any:
+        """A list, tuple or dict (of pairs) of `items`."""
+        if not any(type(item) is Varied for item in items):
+            return kind(items)
+        return self.lift(lambda *plain: kind(plain), *items)
+
+    def made_dict(self, keys: Sequence[Any], values: Sequence[Any]) -> Any:
+        return self.lift(lambda *plain: dict(zip(plain[: len(keys)], plain[len(keys) :], strict=True)), *keys, *values)
+
+    # -- lists -----------------------------------------------------------------------------------------------------
+
+    def length(self, value: Varied) -> Any:
+        """The length of a varied list."""
+        if value.items is None:
+            return self.lift(len, value)
+        return self.see(Varied(value.sizes))
+
+    def item(self, value: Varied, index: int, none: Any) -> Any:
+        """Item `index`, at least 0, of a varied list that worlds have more or less of; `none` where there is none."""
+        if value.items is None:
+            return self.lift(lambda items: items[index] if index < len(items) else none, value)
+        inside = value.longer[index] & self.mask if index < len(value.items) else 0
+        if inside == self.mask:
+            return self.see(value.items[index])
+        if not inside:
+            return none
+        return self.see(Varied([(inside, value.items[index]), (self.mask, none)])) \
+            if type(value.items[index]) is not Varied else self.see(
+                Varied([*((m & inside, one) for m, one in value.items[index].facets if m & inside), (self.mask, none)]))
+
+    def rest(self, value: Varied, start: int) -> Varied:
+        """``value[start:]`` of a varied list that worlds have more or less of."""
+        assert value.items is not None and value.sizes is not None
+        sizes = [(mask, max(size - start, 0)) for mask, size in value.sizes]
+        return Varied(None, value.items[start:], value.longer[start:], sizes)
+
+    # -- statements ------------------------------------------------------------------------------------------------
+
+    def branches(self, choice: Varied) -> Iterator[Any]:
+        """The branches that worlds take, one after the other, each run for the worlds that take it."""
+        entry = self.mask
+        taken: dict[Any, int] = {}
+        for mask, value in self.seen(choice):
+            value = value if type(value) is int else bool(value)
+            taken[value] = taken.get(value, 0) | mask
+        for value, mask in taken.items():
+            self.mask = mask
+            yield value
+        self.mask = entry & ~(self.out | self.dead)
+        if not self.mask and entry & self.dead:
+            raise Unproven("no world is left")
+
+    def leave(self, whole: bool) -> None:
+        """``break`` (`whole`) or ``continue`` in the worlds that run."""
+        self.out |= self.mask
+        if whole:
+            self.broken |= self.mask
+        self.mask = 0
+
+    def die(self, mask: int, error: Exception) -> None:
+        """Give the worlds of a branch up that raised `error` in some of them."""
+        if isinstance(error, (Unproven, *_ALONE)):
+            raise error
+        self.dead |= mask
+        self.mask = 0
+
+    def loop(self, values: Any, cost: int, extended: bool, leaving: bool) -> Iterable[Any]:
+        """What a ``for`` goes through: items, or (item, loop) if `extended`. `leaving`: it may be left early."""
+        if type(values) is Varied:
+            return self._together(values, cost, extended)
+        if isinstance(values, list | tuple | dict | str):
+            self.tick((len(values) + 1) * cost)
+        else:
+            values = _counted(values, self.tick, cost)
+        items = LoopContext(values, Undefined) if extended else values
+        return self._alone(items) if leaving else items
+
+    def _alone(self, items: Iterable[Any]) -> Iterator[Any]:
+        entry, outer = self.mask, (self.out, self.broken)
+        self.broken = 0
+        for item in items:
+            self.out = 0
+            self.mask = entry & ~(self.broken | self.dead)
+            if not self.mask:
+                break
+            yield item
+        self._left(entry, outer)
+
+    def _together(self, values: Varied, cost: int, extended: bool) -> Iterator[Any]:
+        if values.items is None:
+            values = self._as_lists(values)
+        entry, outer = self.mask, (self.out, self.broken)
+        self.broken = 0
+        loop = Loop(self, values)
+        items, longer = values.items, values.longer
+        assert items is not None
+        self.tick((len(items) + 1) * cost)
+        for i, item in enumerate(items):
+            self.out = 0
+            self.mask = entry & longer[i] & ~(self.broken | self.dead)
+            if not self.mask:
+                if not entry & longer[i] & ~self.dead:
+                    break
+                continue
+            loop.index0 = i
+            one = self.see(item)
+            yield (one, loop) if extended else one
+        self._left(entry, outer)
+
+    def _left(self, entry: int, outer: tuple[int, int]) -> None:
+        self.out, self.broken = outer
+        self.mask = entry & ~self.dead
+        if not self.mask:
+            raise Unproven("no world is left")
+
+    def _as_lists(self, values: Varied) -> Varied:
+        """Varied iterables as varied items."""
+        found = [(mask, one if type(one) is list else list(_iterable(one))) for mask, one in self.seen(values)]
+        longest = max(len(one) for _, one in found)
+        items, longer = [], []
+        for i in range(longest):
+            here = [(mask, one[i]) for mask, one in found if len(one) > i]
+            items.append(_merged(here))
+            longer.append(sum(mask for mask, _ in here))
+        return Varied(found, items, longer, [(mask, len(one)) for mask, one in found])
+
+    def unpacked(self, value: Varied, count: int) -> tuple[Any, ...]:
+        """The `count` items of a varied tuple."""
+        lists = self._as_lists(value)
+        assert lists.items is not None and lists.sizes is not None
+        if any(size != count for _, size in lists.sizes):
+            raise Unproven("worlds unpack different numbers of values")
+        return tuple(lists.items)
+
+
+def _iterable(value: Any) -> Iterable[Any]:
+    if type(value) not in (list, tuple, str, dict, range) and not isinstance(value, Undefined | Iterator):
+        raise Unproven(f"a loop over {type(value).__name__}")
+    return value  # type: ignore[no-any-return]
+
+
+def _counted(values: Iterable[Any], tick: Callable[[int], None], cost: int) -> Iterator[Any]:
+    for value in values:
+        tick(cost)
+        yield value
