@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from chatloss import prepare as preparing
 from chatloss.cluster import on_ray
 from chatloss.demo import chats_file, tokenizer_directory
 from chatloss.errors import DataError, UsageError
-from chatloss.manifest import Counts
 from chatloss.prepare import Job, prepare
 from chatloss.shards import Shard
 
@@ -50,7 +49,8 @@ def contents(directory: str) -> dict[str, bytes]:
 def test_ray_writes_the_bytes_of_a_local_run(local: str) -> None:
     prepare(["chats.jsonl"], "here", JOB)
     prepare(["chats.jsonl"], "there", JOB, runner=on_ray(local))
-    assert contents("here") == contents("there")
+    prepare(["chats.jsonl"], Path("uri").absolute().as_uri(), JOB, runner=on_ray(local))
+    assert contents("here") == contents("there") == contents("uri")
 
 
 @pytest.mark.peer
@@ -59,15 +59,14 @@ def test_ray_writes_the_bytes_of_a_local_run(local: str) -> None:
 def test_a_worker_that_is_killed_is_replaced(local: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     prepare(["chats.jsonl"], "here", JOB)
     once = tmp_path / "killed"
-    run = cluster._run
 
-    def killed_once(given: Any, shard: Shard) -> Counts:
+    def killed_once(function: Callable[[Shard], Any], shard: Shard) -> Any:
         if shard.index == 3 and not once.exists():
             once.write_text("")
             os.kill(os.getpid(), signal.SIGKILL)
-        return run(given, shard)
+        return function(shard)
 
-    monkeypatch.setattr(cluster, "_run", killed_once)
+    monkeypatch.setattr(cluster, "_call", killed_once)
     prepare(["chats.jsonl"], "there", JOB, runner=on_ray(local))
     assert once.exists() and contents("here") == contents("there")
 

@@ -1,28 +1,24 @@
-"""The same shard function on a Ray cluster: shards are tasks, and a task whose worker dies is run again elsewhere.
+"""The same functions of shards on a Ray cluster: a shard is a task, and if its worker dies it is run again elsewhere.
 
-Every node must see the inputs, the tokenizer and the output under the same paths, as on a shared file system. Extra
-`ray`.
+Every node must see the inputs and the output under the same URIs, or the same paths of a shared file system, and the
+tokenizer. Extra `ray`.
 """
 
 from __future__ import annotations
 
 import logging
-import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from chatloss.encode import ChatEncoder
 from chatloss.errors import ChatlossError, UsageError
-from chatloss.manifest import Counts
-from chatloss.prepare import Job, Runner, run_shard
+from chatloss.prepare import Runner
 from chatloss.shards import Shard
 
 __all__ = ["on_ray"]
 
 RETRIES = 5
+T = TypeVar("T")
 
 
 def on_ray(address: str = "local") -> Runner:
@@ -32,32 +28,36 @@ def on_ray(address: str = "local") -> Runner:
     cannot be reached, and `ChatlossError` where a shard fails on `RETRIES` workers.
     """
 
-    def run(shards: Iterator[Shard], job: Job, directory: Path) -> Iterator[tuple[Shard, Counts]]:
+    def run(function: Callable[[Shard], T], shards: Iterator[Shard]) -> Iterator[tuple[Shard, T]]:
         ray = _connected(address)
-        tokenizer = str(Path(job.tokenizer).absolute()) if Path(job.tokenizer).exists() else job.tokenizer
-        handle = ray.put((replace(job, tokenizer=tokenizer), directory.absolute()))
-        task = ray.remote(_run).options(max_retries=RETRIES, num_cpus=1)
+        handle = ray.put(function)
+        task = ray.remote(_call).options(max_retries=RETRIES, num_cpus=1)
         most = 2 * int(ray.cluster_resources().get("CPU", 1))
         running: dict[Any, Shard] = {}
 
-        def ended() -> tuple[Shard, Counts]:
+        def ended() -> tuple[Shard, T]:
             [done], _ = ray.wait(list(running), num_returns=1)
             shard = running.pop(done)
             try:
                 return shard, ray.get(done)
             except ray.exceptions.WorkerCrashedError:
-                what = f"shard {shard.index} ended {RETRIES + 1} workers"
-                raise ChatlossError(what, where=shard.name, hint="is there enough memory?", kind="worker") from None
+                what = f"{shard.name}, bytes {shard.start} to {shard.end}, ended {RETRIES + 1} workers"
+                raise ChatlossError(what, where="--ray", hint="is there enough memory?", kind="worker") from None
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
 
-        for shard in shards:
-            found = replace(shard, path=str(Path(shard.path).absolute())) if shard.path else shard
-            running[task.remote(handle, found)] = replace(shard, payload=())
-            if len(running) >= most:
+        try:
+            for shard in shards:
+                running[task.remote(handle, shard)] = replace(shard, payload=())
+                if len(running) >= most:
+                    yield ended()
+            while running:
                 yield ended()
-        while running:
-            yield ended()
+        finally:  # what still runs after an error must not write into what is done next
+            for left in running:
+                ray.cancel(left, force=True)
+            if running:
+                ray.wait(list(running), num_returns=len(running), timeout=60)
 
     return run
 
@@ -76,16 +76,5 @@ def _connected(address: str) -> Any:
     return ray
 
 
-def _run(given: tuple[Job, Path], shard: Shard) -> Counts:
-    job, directory = given
-    return run_shard(job, _encoder(job), shard, directory)
-
-
-@lru_cache(maxsize=1)
-def _encoder_of(job: bytes) -> ChatEncoder:
-    found: Job = pickle.loads(job)
-    return found.encoder()
-
-
-def _encoder(job: Job) -> ChatEncoder:
-    return _encoder_of(pickle.dumps(job))
+def _call(function: Callable[[Shard], T], shard: Shard) -> T:
+    return function(shard)

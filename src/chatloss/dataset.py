@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from chatloss.columns import SPANS, schema, table
 from chatloss.errors import DataError
+from chatloss.folders import Folder, is_uri
 from chatloss.manifest import MANIFEST, differences, fingerprints, read_manifest
 from chatloss.pairs import Answer, Pair
 from chatloss.sample import Decode, Reason, Sample, Span
@@ -92,8 +93,11 @@ class Prepared(Sequence[list[Sample]]):
     """
 
     def __init__(self, directory: str | Path, decode: Decode | None = None) -> None:
+        if is_uri(str(directory)):
+            raise DataError("rows are read from this machine, by memory map", where=str(directory), kind="source",
+                            hint="copy the prepared directory here first, and name the copy")
         self.directory = Path(directory)
-        self.manifest = read_manifest(self.directory)
+        self.manifest = read_manifest(Folder(str(directory)))
         if self.manifest["job"]["export"] != "rows":
             raise DataError("the directory holds labels for other trainers", where=str(directory),
                             hint="prepare again without --export labels")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -17,12 +16,13 @@ from typing import Any
 from chatloss.chat import parse_json
 from chatloss.encode import ChatEncoder
 from chatloss.errors import DataError
+from chatloss.folders import Folder
 from chatloss.pipeline import Encoded
 
 __all__ = ["FORMAT", "MANIFEST", "Counts", "differences", "file_sha256", "fingerprints", "read_manifest", "shard_file",
            "write_json"]
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 
 
@@ -90,17 +90,17 @@ def shard_file(index: int) -> str:
     return f"shards/{index:06}.parquet"
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(folder: Folder) -> dict[str, Any]:
     """The manifest of a prepared directory, whoever made it. Raises `DataError` where it is none, or of another format.
     """
-    path = directory / MANIFEST
-    if not path.is_file():
-        raise DataError("the prepared directory is not finished", where=str(directory),
+    path, data = folder.place(MANIFEST), folder.read(MANIFEST)
+    if data is None:
+        raise DataError("the prepared directory is not finished", where=folder.name,
                         hint="run the same `chatloss prepare` again: it goes on where it stopped")
-    damaged = DataError("this is no manifest of `chatloss prepare`", where=str(path), kind="damaged",
+    damaged = DataError("this is no manifest of `chatloss prepare`", where=path, kind="damaged",
                         hint="prepare the chats again with --fresh")
     try:
-        manifest: dict[str, Any] = parse_json(path.read_bytes())
+        manifest: dict[str, Any] = parse_json(data)
         version, shards = manifest["job"]["format"], manifest["shards"]
         plain = [(shard["file"], shard["bytes"] >= 0, shard["conversations"] >= 0) for shard in shards]
         sound = plain == [(shard_file(i), True, True) for i in range(len(shards))] and "export" in manifest["job"]
@@ -111,7 +111,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not sound:
         raise damaged
     if version != FORMAT:
-        raise DataError(f"the rows have format {version}, and this version reads {FORMAT}", where=str(path),
+        raise DataError(f"the rows have format {version}, and this version reads {FORMAT}", where=path,
                         hint="prepare the chats again with --fresh", kind="changed")
     return manifest
 
@@ -162,15 +162,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:16]}…{text[-8:]}"
 
 
-def write_json(path: Path, value: object, *, indent: int | None = None) -> None:
+def write_json(folder: Folder, file: str, value: object, *, indent: int | None = None) -> None:
     """Write `value` in one step: a reader sees the old file or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=indent)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    folder.write(file, f"{json.dumps(value, ensure_ascii=False, indent=indent)}\n".encode())
 
 
 def file_sha256(path: Path) -> str:

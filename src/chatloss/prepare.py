@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import pickle
+import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import version
 from multiprocessing import get_context, parent_process
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, Protocol, TypeVar
 
 from chatloss.dataset import ShardWriter
 from chatloss.encode import ChatEncoder
 from chatloss.errors import ChatlossError, DataError
 from chatloss.fast_tokens import FlatTokens, Unequal, loaded_with
+from chatloss.folders import Folder
 from chatloss.load import Loaded, load_tokenizer
 from chatloss.manifest import (
     FORMAT,
@@ -40,15 +42,38 @@ from chatloss.manifest import (
 from chatloss.markers import Markers
 from chatloss.pipeline import Encoded, records
 from chatloss.policy import Policy
-from chatloss.shards import Shard, ShardReader, check_unchanged, inputs_of, shard_bytes, shards_of
+from chatloss.shards import (
+    Input,
+    Shard,
+    ShardReader,
+    blocks_of,
+    check_unchanged,
+    hashed,
+    inputs_of,
+    shard_bytes,
+    shards_of,
+    with_blocks,
+)
 
-__all__ = ["Job", "prepare", "run_shard"]
+__all__ = ["Job", "Runner", "prepare", "run_shard"]
 
 WORK = ".prepare"  # what is done so far; gone when all is
-UNEQUAL = "unequal.json"  # in WORK: a text on which the fast encoder was seen to differ
+UNEQUAL = f"{WORK}/unequal.json"  # a text on which the fast encoder was seen to differ
+FRESH = f"{WORK}/fresh.json"  # that what is here is being cleared
+REJECTS = "rejects.jsonl"
+DONE = re.compile(re.escape(WORK) + r"/[0-9]+\.json")
+READERS = 16  # markers that are read at the same time: each is a request where storage is remote
 FAST_BYTES = 8 * 2**20  # of input, for which loading the fast encoder takes less time than it saves
 Progress = Callable[[int, Counts], None]
-Runner = Callable[[Iterator[Shard], "Job", Path], Iterator[tuple[Shard, Counts]]]
+T = TypeVar("T")
+
+
+class Runner(Protocol):
+    """Calls a function of every shard, anywhere and in any order, and gives each shard (its payload no more) with what
+    the function returned. It holds few shards at a time.
+    """
+
+    def __call__(self, function: Callable[[Shard], T], shards: Iterator[Shard], /) -> Iterator[tuple[Shard, T]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +116,12 @@ class Job:
         }
 
 
-def run_shard(job: Job, encoder: ChatEncoder, shard: Shard, directory: Path) -> Counts:
-    """Encode one shard and put it, then its marker, into `directory`; returns what became of its records."""
+def run_shard(job: Job, encoder: ChatEncoder, shard: Shard, folder: Folder) -> Counts:
+    """Encode one shard and put it, then its marker, into `folder`; returns what became of its records."""
     reader, counts = ShardReader(shard), Counts()
-    target = directory / shard_file(shard.index)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with ShardWriter(partial, job.export) as writer:
+    file = shard_file(shard.index)
+    with folder.new(file) as path:
+        with ShardWriter(path, job.export) as writer:
             labels = job.export == "labels"
             for record in records(reader, encoder, markers=job.markers, strict=True, supervised=labels):
                 if labels and (problem := _beyond_labels(record)) is not None:
@@ -107,21 +131,13 @@ def run_shard(job: Job, encoder: ChatEncoder, shard: Shard, directory: Path) -> 
                 rows = [(made.side, row) for made in record for row in made.encoding.rows]
                 if rows:
                     writer.add(rows)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        done = {"file": file, "conversations": writer.conversations, "rows": writer.rows,
+                "bytes": path.stat().st_size, "sha256": file_sha256(path)}
     counts.records, counts.rejected = reader.n_rows, reader.reject_counts
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    done = {
-        "file": shard_file(shard.index), "conversations": writer.conversations, "rows": writer.rows,
-        "bytes": partial.stat().st_size, "sha256": file_sha256(partial),
-    }
-    partial.replace(target)
     rejects = [asdict(reject) for reject in reader.rejects]
     fast = isinstance(encoder.tokens, FlatTokens)
     marker = {"shard": done, "counts": counts.to_dict(), "rejects": rejects, "fast": fast}
-    write_json(_marker(directory, shard.index), marker)
+    write_json(folder, _marker(shard.index), marker)
     return counts
 
 
@@ -135,8 +151,8 @@ def _beyond_labels(record: Sequence[Encoded]) -> DataError | None:
                      hint="train with chatloss, or give no weights but 0 and 1")
 
 
-def _marker(directory: Path, index: int) -> Path:
-    return directory / WORK / f"{index:06}.json"
+def _marker(index: int) -> str:
+    return f"{WORK}/{index:06}.json"
 
 
 def prepare(
@@ -153,144 +169,176 @@ def prepare(
     with the bytes of all inputs, and gives a function that is told the bytes of every shard done and its counts; `note`
     is told in words what the user should know. `runner` does the shards somewhere else, see `chatloss.cluster`.
     """
-    directory = Path(output)
-    _clear(directory, fresh)
-    work = directory / WORK
-    work.mkdir(parents=True, exist_ok=True)
-    (directory / "shards").mkdir(exist_ok=True)
-    inputs = inputs_of(data, input_format, work)
+    folder = Folder(str(output))
+    _clear(folder, fresh)
+    folder.make(WORK, "shards")
+    inputs = inputs_of(data, input_format, folder, f"{WORK}/")
     size = shard_bytes(inputs)
     encoder = replace(job, backend="reference").encoder()
+
+    def known(some: Sequence[Input]) -> list[Input]:
+        blocks = blocks_of(some, size)
+        return with_blocks(some, runner(hashed, blocks) if runner else _in_threads(hashed, blocks, workers))
+
+    inputs = known(inputs)
     about = {**job.describe(encoder), "inputs": [one.to_dict() for one in inputs], "shard_bytes": size}
     about = json.loads(json.dumps(about))
-    clock = _agreed(directory, about, encoder)
-    if (directory / MANIFEST).is_file():
-        shutil.rmtree(work)
-        return read_manifest(directory)
+    clock = _agreed(folder, about, encoder)
+    if folder.read(MANIFEST) is not None:
+        folder.delete_folder(WORK)
+        return read_manifest(folder)
     total_bytes = sum(one.size for one in inputs)
-    if (job.backend == "auto" and total_bytes < FAST_BYTES) or (work / UNEQUAL).exists():
+    if (job.backend == "auto" and total_bytes < FAST_BYTES) or folder.read(UNEQUAL) is not None:
         job = replace(job, backend="reference")
-    job = replace(job, clock=clock)
+    tokenizer = Path(job.tokenizer)  # workers may run somewhere else
+    job = replace(job, clock=clock, tokenizer=str(tokenizer.absolute()) if tokenizer.exists() else job.tokenizer)
     run = runner or (partial(_in_processes, workers=workers) if workers > 1 else None)
     told = progress(total_bytes if all(one.lines for one in inputs) else 0) if progress else None
     note = note or (lambda text: None)
     encoder = job.encoder(encoder.loaded, note)
     try:
-        total = _all(shards_of(inputs, size), job, encoder, directory, run, told)
+        total, n = _all(shards_of(inputs, size), job, encoder, folder, run, told)
     except Unequal as error:
         note(f"{error}: encoding all of it with the reference")
-        write_json(work / UNEQUAL, {"text": error.text})
-        _forget_fast(directory)
+        write_json(folder, UNEQUAL, {"text": error.text})
+        _forget_fast(folder)
         job = replace(job, backend="reference")
-        total = _all(shards_of(inputs, size), job, job.encoder(), directory, run, told)
-    check_unchanged(inputs)
-    return _finish(directory, {**about, "clock": clock}, total, max_rejects)
+        total, n = _all(shards_of(inputs, size), job, job.encoder(), folder, run, told)
+    check_unchanged(inputs, known)
+    return _finish(folder, {**about, "clock": clock}, total, n, max_rejects)
 
 
 # -- what was there ----------------------------------------------------------------------------------------------------
 
 
-def _clear(directory: Path, fresh: bool) -> None:
+def _clear(folder: Folder, fresh: bool) -> None:
     """Refuse a directory of something else; with `fresh` remove what was prepared in this one."""
-    if directory.exists() and not directory.is_dir():
-        raise DataError("the output is no directory", where=str(directory), hint="name another with -o")
-    ours = (directory / MANIFEST).is_file() or (directory / WORK).is_dir()
-    if not ours and directory.is_dir() and any(directory.iterdir()):
-        raise DataError("the output directory holds other things", where=str(directory), hint="name an empty one")
+    names = folder.names()
+    ours = MANIFEST in names or WORK in names
+    if names and not ours:
+        raise DataError("the output directory holds other things", where=folder.name, hint="name an empty one")
     if ours and fresh:
-        (directory / MANIFEST).unlink(missing_ok=True)
-        for folder in (directory / WORK, directory / "shards"):
-            shutil.rmtree(folder, ignore_errors=True)
-    for left in directory.glob("**/.*.tmp"):  # by a run that was killed
-        left.unlink(missing_ok=True)
+        folder.make(WORK)
+        write_json(folder, FRESH, {})  # what a kill leaves from here on is still ours, and has no manifest
+        folder.delete(MANIFEST)
+        folder.delete(REJECTS)
+        folder.delete_folder("shards")
+        folder.delete_folder(WORK)
+    elif ours:
+        _sweep(folder)
 
 
-def _agreed(directory: Path, about: dict[str, Any], encoder: ChatEncoder) -> str:
+def _sweep(folder: Folder) -> None:
+    """Delete what runs that were killed have left half written."""
+    for name in folder.files():
+        if name.rpartition("/")[2].startswith(".") and name.endswith(".tmp"):
+            folder.delete(name)
+
+
+def _agreed(folder: Folder, about: dict[str, Any], encoder: ChatEncoder) -> str:
     """The time that templates see, settled when the directory was begun; raises if it was begun as something else."""
-    path = directory / WORK / "job.json"
-    if (directory / MANIFEST).is_file():
-        before = read_manifest(directory)["job"]
-    elif path.is_file():
-        before = json.loads(path.read_text("utf-8"))
+    begun = folder.read(f"{WORK}/job.json")
+    if folder.read(MANIFEST) is not None:
+        before = read_manifest(folder)["job"]
+    elif begun is not None:
+        before = json.loads(begun)
     else:
+        for name in folder.files(WORK):  # markers whose job was deleted, by a run that was killed while it cleared
+            if name.endswith(".json"):
+                folder.delete(name)
         named = encoder.template.source
         texts = [named] if isinstance(named, str) else named.values()
         clock = datetime.now().isoformat(timespec="seconds") if any("strftime_now" in text for text in texts) else ""
-        write_json(path, {**about, "clock": clock})
+        write_json(folder, f"{WORK}/job.json", {**about, "clock": clock})
         return clock
     clock = before.pop("clock")
-    changed = differences(before, about)
-    if changed:
-        more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
+    found = differences(before, about)
+    if found:
+        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
         raise DataError(
-            f"the directory was begun with something else: {'; '.join(changed[:3])}{more}", where=str(directory),
+            f"the directory was begun with something else: {'; '.join(found[:3])}{more}", where=folder.name,
             hint="restore it, name another directory, or start anew with --fresh", kind="changed",
         )
     return str(clock)
 
 
-def _done(directory: Path, index: int) -> dict[str, Any] | None:
-    """The marker of a shard that is done and still there."""
-    try:
-        marker: dict[str, Any] = json.loads(_marker(directory, index).read_text("utf-8"))
-        there = (directory / marker["shard"]["file"]).stat().st_size == marker["shard"]["bytes"]
-    except FileNotFoundError:
-        return None
-    return marker if there else None
+def _done(folder: Folder) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(index, marker) of every shard that is done and still there, in order."""
+    sizes = folder.files()
+    indices = [int(PurePath(name).stem) for name in sorted(sizes) if DONE.fullmatch(name)]
+    with ThreadPoolExecutor(READERS) as pool:
+        for at in range(0, len(indices), READERS):
+            some = indices[at : at + READERS]
+            for index, data in zip(some, pool.map(folder.read, map(_marker, some)), strict=True):
+                marker = json.loads(data or b"null")
+                if marker and sizes.get(marker["shard"]["file"]) == marker["shard"]["bytes"]:
+                    yield index, marker
 
 
-def _forget_fast(directory: Path) -> None:
+def _forget_fast(folder: Folder) -> None:
     """Undo the shards that the fast encoder made."""
-    for path in (directory / WORK).glob("[0-9]*.json"):
-        if json.loads(path.read_text("utf-8"))["fast"]:
-            path.unlink()
+    for index, marker in _done(folder):
+        if marker["fast"]:
+            folder.delete(_marker(index))
 
 
 # -- doing the rest ----------------------------------------------------------------------------------------------------
 
 
 def _all(
-    shards: Iterable[Shard], job: Job, encoder: ChatEncoder, directory: Path, run: Runner | None, told: Progress | None
-) -> Counts:
-    """The counts of all shards, when they are done."""
-    total = Counts()
-    for shard, counts in _each(shards, job, encoder, directory, run):
+    shards: Iterator[Shard], job: Job, encoder: ChatEncoder, folder: Folder, run: Runner | None, told: Progress | None
+) -> tuple[Counts, int]:
+    """The counts of all shards, when they are done, and their number."""
+    total, n = Counts(), 0
+    before = {index: marker["counts"] for index, marker in _done(folder)}
+
+    def done(shard: Shard, counts: Counts) -> None:
+        nonlocal n
+        n += 1
         total.merge(counts)
         if told:
             told(shard.end - shard.start, counts)
-    return total
-
-
-def _each(
-    shards: Iterable[Shard], job: Job, encoder: ChatEncoder, directory: Path, run: Runner | None
-) -> Iterator[tuple[Shard, Counts]]:
-    """Every shard with its counts, as they get done; in order where this process does them."""
-    left = []
 
     def undone() -> Iterator[Shard]:
         for shard in shards:
-            marker = _done(directory, shard.index)
-            if marker is None:
-                yield shard
+            if shard.index in before:
+                done(shard, Counts.from_dict(before.pop(shard.index)))
             else:
-                left.append((replace(shard, payload=()), Counts.from_dict(marker["counts"])))
+                yield shard
 
-    todo = undone()
     if run is None:
-        for shard in todo:
-            yield shard, run_shard(job, encoder, shard, directory)
+        for shard in undone():
+            done(shard, run_shard(job, encoder, shard, folder))
     else:
-        yield from run(todo, job, directory)
-    yield from left
+        for shard, counts in run(partial(work, job, folder.absolute()), undone()):
+            done(shard, counts)
+    return total, n
 
 
-def _in_processes(shards: Iterator[Shard], job: Job, directory: Path, workers: int) -> Iterator[tuple[Shard, Counts]]:
-    """The same in `workers` processes; at most two shards per process are held at a time."""
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(job, directory))
-    running: dict[Future[Counts], Shard] = {}
+def work(job: Job, folder: Folder, shard: Shard) -> Counts:
+    """`run_shard` in any process, which keeps its encoder for the next shard."""
+    return run_shard(job, _kept_encoder(pickle.dumps(job)), shard, folder)
+
+
+@lru_cache(maxsize=1)
+def _kept_encoder(job: bytes) -> ChatEncoder:
+    found: Job = pickle.loads(job)
+    return found.encoder()
+
+
+def _in_threads(function: Callable[[Shard], T], shards: Iterator[Shard], workers: int) -> Iterator[tuple[Shard, T]]:
+    with ThreadPoolExecutor(workers) as pool:
+        some = list(shards)
+        yield from zip(some, pool.map(function, some), strict=True)
+
+
+def _in_processes(function: Callable[[Shard], T], shards: Iterator[Shard], workers: int) -> Iterator[tuple[Shard, T]]:
+    """The function of every shard as they get done, in `workers` processes; at most two shards for each are held."""
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent)
+    running: dict[Future[T], Shard] = {}
     try:
         for shard in shards:
-            running[pool.submit(_work, shard)] = replace(shard, payload=())
+            running[pool.submit(function, shard)] = replace(shard, payload=())
             if len(running) >= 2 * workers:
                 yield from _ended(running)
         while running:
@@ -298,57 +346,50 @@ def _in_processes(shards: Iterator[Shard], job: Job, directory: Path, workers: i
     except BrokenProcessPool:
         hint = ("was it killed for want of memory? The same command goes on where it stopped; try fewer --workers. A "
                 "script that calls prepare needs: if __name__ == '__main__'")
-        raise ChatlossError("a worker process died", where=str(directory), hint=hint, kind="worker") from None
+        raise ChatlossError("a worker process died", where="--workers", hint=hint, kind="worker") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _ended(running: dict[Future[Counts], Shard]) -> list[tuple[Shard, Counts]]:
+def _ended(running: dict[Future[T], Shard]) -> list[tuple[Shard, T]]:
     done, _ = wait(running, return_when=FIRST_COMPLETED)
     return [(running.pop(future), future.result()) for future in done]
 
 
-_state: dict[str, Any] = {}
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 
-def _begin(job: Job, directory: Path) -> None:
+def _wait_for_parent() -> None:
     parent = parent_process()
     assert parent is not None
-    # A worker whose parent was killed would wait for work for ever.
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    _state.update(job=job, directory=directory, encoder=job.encoder())
-
-
-def _end_with(parent: Any) -> None:
     parent.join()
     os._exit(1)
-
-
-def _work(shard: Shard) -> Counts:
-    return run_shard(_state["job"], _state["encoder"], shard, _state["directory"])
 
 
 # -- when all is done --------------------------------------------------------------------------------------------------
 
 
-def _finish(directory: Path, about: dict[str, Any], total: Counts, max_rejects: float) -> dict[str, Any]:
+def _finish(folder: Folder, about: dict[str, Any], total: Counts, n: int, max_rejects: float) -> dict[str, Any]:
     shards: list[dict[str, Any]] = []
     first: dict[str, str] | None = None
-    rejects = directory / "rejects.jsonl"
-    partial = rejects.with_name(f".{rejects.name}.{os.getpid()}.tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        while (marker := _done(directory, len(shards))) is not None:
+    with folder.new(REJECTS) as path, path.open("w", encoding="utf-8") as file:
+        for _, marker in _done(folder):
             shards.append(marker["shard"])
             for reject in marker["rejects"]:
                 first = first or reject
                 file.write(json.dumps(reject, ensure_ascii=False) + "\n")
-    partial.replace(rejects)
+    if [shard["file"] for shard in shards] != [shard_file(i) for i in range(n)]:
+        raise ChatlossError("shards are gone that were there before", where=folder.name, kind="changed",
+                            hint="does another process write here? The same command makes what is missing")
     rejected = sum(total.rejected.values())
     if first is not None and rejected > max_rejects * total.records:
         raise _too_many(total, first)
+    _sweep(folder)
     manifest = {"job": about, "counts": total.to_dict(), "shards": shards}
-    write_json(directory / MANIFEST, manifest, indent=1)
-    shutil.rmtree(directory / WORK)
+    write_json(folder, MANIFEST, manifest, indent=1)
+    folder.delete_folder(WORK)
     return manifest
 
 

@@ -24,6 +24,7 @@ import orjson
 
 from chatloss.chat import parse_json
 from chatloss.errors import ChatlossError, DataError, UsageError
+from chatloss.folders import is_uri, opened
 from chatloss.formats import INPUT_FORMATS, Row, detect, parse
 from chatloss.streams import READ_ERRORS, RawStream, Record, decompressed, text_records
 from chatloss.tables import TABLE_MAGIC, cleaner, table_values
@@ -227,8 +228,16 @@ def _nothing(name: str, head: Sequence[Record]) -> DataError:
 
 
 def path_records(name: str, input_format: str) -> Iterator[Record]:
-    """The records of a path, of standard input ("-") or of a data set on the hub, as they are."""
+    """The records of a path or URI, of standard input ("-") or of a data set on the hub, as they are."""
     path = Path(name)
+    if is_uri(name):
+        try:
+            remote = opened(name)
+        except FileNotFoundError:
+            raise _unusable("no such file", "check the URI") from None
+        with remote:
+            yield from _stream_records(RawStream(remote.read), None, input_format, path.name)
+        return
     try:
         directory = name != "-" and path.is_dir()
         file = None if directory or name == "-" else path.open("rb", buffering=0)
@@ -247,7 +256,7 @@ def path_records(name: str, input_format: str) -> Iterator[Record]:
         yield from _directory_records(path)
     elif file is not None:
         with file:
-            yield from _stream_records(RawStream(file.read), path, input_format)
+            yield from _stream_records(RawStream(file.read), path, input_format, path.name)
     else:
         stdin: Any = sys.stdin  # None in a process without a console
         if stdin is None:
@@ -255,12 +264,12 @@ def path_records(name: str, input_format: str) -> Iterator[Record]:
         yield from _stream_records(RawStream(stdin.buffer.read1), None, input_format)
 
 
-def _stream_records(raw: RawStream, path: Path | None, input_format: str) -> Iterator[Record]:
+def _stream_records(raw: RawStream, path: Path | None, input_format: str, name: str = "") -> Iterator[Record]:
     stream = decompressed(raw)
     head = stream.look()
     kind = next((kind for magic, kind in TABLE_MAGIC.items() if head.startswith(magic)), None)
     if kind is None:
-        yield from text_records(stream, path.name if path else "", input_format)
+        yield from text_records(stream, name, input_format)
     elif stream is raw and path is not None:
         yield from enumerate(table_values(path, None, kind), 1)
     else:
