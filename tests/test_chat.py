@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatloss.chat import Conversation, Message, ToolCall, parse_json, split_think
+from chatloss.chat import Conversation, Message, ToolCall, split_think
 from chatloss.errors import DataError
+from chatloss.values import parse_json
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=20)
 JSON_LIKE = st.recursive(

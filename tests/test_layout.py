@@ -17,9 +17,9 @@ PACKAGE = Path(chatloss.__file__).parent
 # Imports only ever point upward in this list.
 ORDER = [
     "errors", "values", "chat", "sample", "policy", "formats", "streams", "tables", "folders", "reader", "meter",
-    "sandbox", "template", "fields", "reference", "places", "tokens", "load", "fast_tokens", "rows", "window",
-    "encode", "markers", "pairs", "pipeline", "reduction", "pack", "batch", "manifest", "columns", "dataset",
-    "shards", "prepare", "cluster",
+    "sandbox", "template", "fields", "reference", "places", "tokens", "load", "fast_tokens", "rows", "window", "encode",
+    "markers", "pairs", "pipeline", "reduction", "pack", "batch", "manifest", "columns", "dataset", "shards", "prepare",
+    "cluster",
     # torch starts here
     "loss", "config", "parallel", "step", "attention", "models", "checkpoint", "log", "evaluate", "objective",
     "answers", "references", "preference", "kto", "objectives", "trainer", "verify",

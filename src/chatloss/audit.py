@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from chatloss.chat import ROLES, Conversation, Message, parse_json, split_think
+from chatloss.chat import ROLES, Conversation, Message, split_think
 from chatloss.errors import DataError
+from chatloss.values import parse_json
 
 __all__ = ["Hit", "audit"]
 

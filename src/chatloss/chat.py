@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from chatloss.errors import DataError
+from chatloss.values import check_json, checked_text, is_text, kind_of, parse_json, shown
 
 __all__ = ["Conversation", "Label", "Message", "Preference", "Text", "ToolCall", "parse_json", "split_think"]
 
@@ -86,6 +85,8 @@ class Message:
         >>> Message.from_dict({"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}).tool_calls
         (ToolCall(name='f', arguments='{}', id=None),)
         """
+        if (plain := plain_message(data)) is not None:
+            return plain
         if not isinstance(data, Mapping):
             raise DataError(f"a message must be an object, not {kind_of(data)}", where=where, hint=_FORM)
         role, here = data.get("role"), f"{where}.role"
@@ -94,15 +95,13 @@ class Message:
             raise DataError(f"role must be a non-empty string, not {kind_of(role)}", where=here, hint=hint)
         checked_text(role, here)
         content = _content(data.get("content"), f"{where}.content")
-        if len(data) == 2 and content is not None:
-            return cls(role=role, content=content)
         reasoning = _agreed(data, REASONING_KEYS, where, checked_text)
         tool_calls = _tool_calls(data, where)
         if content is None and not tool_calls and reasoning is None:
             hint = "give it a content string (it may be empty)"
             raise DataError("a message needs content, tool_calls or reasoning_content", where=where, hint=hint)
         extra = {str(key): value for key, value in data.items() if key not in MESSAGE_KEYS and value is not None}
-        _check_json(extra, where)
+        check_json(extra, where)
         return cls(
             role=role, content=content, reasoning=reasoning, tool_calls=tool_calls,
             tool_call_id=_optional_text(data.get("tool_call_id"), f"{where}.tool_call_id"),
@@ -142,13 +141,9 @@ class Conversation:
             what = f"{here} must be an object, not {kind_of(template_kwargs)}"
             raise DataError(what, where=here, hint='for example {"enable_thinking": false}')
         kwargs = dict(template_kwargs or {})
-        _check_json(kwargs, here)
-        return cls(
-            messages=tuple(
-                m if isinstance(m, Message) else Message.from_dict(m, f"messages[{i}]") for i, m in enumerate(messages)
-            ),
-            tools=_tools(tools), template_kwargs=kwargs, source=source,
-        )
+        check_json(kwargs, here)
+        made = [m if isinstance(m, Message) else Message.from_dict(m, f"messages[{i}]") for i, m in enumerate(messages)]
+        return cls(messages=tuple(made), tools=_tools(tools), template_kwargs=kwargs, source=source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,28 +173,13 @@ class Text:
     source: str = ""
 
 
-def parse_json(text: str | bytes, where: str = "") -> Any:
-    """The value of a JSON text; raises `DataError` for all that is not strictly JSON in UTF-8.
-
-    NaN and a key that occurs twice are refused, integers stay exact. (`orjson` keeps the last of two equal keys and
-    turns integers beyond 64 bits into floats, silently; finding out costs more than it saves.)
-
-    >>> parse_json('{"a": 123456789012345678901}')
-    {'a': 123456789012345678901}
-    """
-    try:
-        if isinstance(text, bytes):
-            text = text.decode("utf-8")
-        return _DECODER.decode(text)
-    except DataError as error:
-        raise error.at(where) if where else error from None
-    except UnicodeDecodeError as error:
-        what = f"not UTF-8: byte 0x{error.object[error.start]:02X} at offset {error.start}"
-        raise DataError(what, where=where, kind="encoding", hint="convert the data to UTF-8") from None
-    except RecursionError:
-        raise DataError("nested too deeply", where=where, kind="json", hint="flatten it") from None
-    except ValueError as error:
-        raise DataError(f"not JSON: {error}", where=where, kind="json", hint="write it with a JSON library") from None
+def plain_message(data: object) -> Message | None:
+    """The message that most are: a role of the usual ones and a text. None for all else, which needs a closer look."""
+    if type(data) is dict and len(data) == 2:
+        role, content = data.get("role"), data.get("content")
+        if type(content) is str and type(role) is str and role in ROLES and is_text(content):
+            return Message(role, content)
+    return None
 
 
 def split_think(text: str) -> tuple[str | None, str]:
@@ -215,59 +195,18 @@ def split_think(text: str) -> tuple[str | None, str]:
     return reasoning, answer
 
 
-def _constant(name: str) -> None:
-    raise DataError(f"{name} is not JSON", kind="json", hint="write null or a number")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise DataError(f"key {twice[:40]!r} occurs twice in one object", kind="json", hint="keep one of them")
-    return value
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 _FORM = 'expected {"role": "user", "content": "..."} objects'
 _CALLS = 'expected [{"type": "function", "function": {"name": "...", "arguments": {...}}}]'
-_KINDS = {"NoneType": "null", "dict": "an object", "list": "a list", "str": "a string", "bool": "a boolean"}
-_KINDS |= {"int": "an integer", "float": "a number"}
-_MAX_DEPTH = 64
-_MAX_BITS = 3320
-
-
-def kind_of(value: object) -> str:
-    """What `value` is, in JSON's terms."""
-    return _KINDS.get(type(value).__name__, f"a Python {type(value).__name__}")
-
-
-def _show(value: object) -> str:
-    # The repr of a nested value can be endless, or recurse too deeply.
-    return repr(value[:40]) if isinstance(value, str) else repr(value) if isinstance(value, float) else kind_of(value)
-
-
 def _agreed(data: Mapping[str, Any], keys: Sequence[str], where: str, read: Callable[[Any, str], T]) -> T | None:
     """The one value that the spellings `keys` of a field give; an empty string yields to another spelling's text."""
     found = {key: read(data[key], f"{where}.{key}") for key in keys if data.get(key) is not None}
+    if not found:
+        return None
     told = {key: value for key, value in found.items() if value != ""} or found
     for key, value in told.items():
         if value != next(iter(told.values())):
             raise DataError(f"{next(iter(told))} and {key} differ", where=f"{where}.{key}", hint="keep one of them")
-    return next(iter(told.values()), None)
-
-
-def checked_text(value: object, where: str) -> str:
-    """`value` if it is text that can be encoded as UTF-8; else a `DataError`."""
-    if not isinstance(value, str):
-        raise DataError(f"must be a string, not {kind_of(value)}", where=where, hint="convert the value to text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"holds a lone surrogate (U+{ord(value[error.start]):04X}), which is not text", where=where,
-            hint="re-export the data as valid UTF-8",
-        ) from None
-    return value
+    return next(iter(told.values()))
 
 
 def _optional_text(value: object, where: str) -> str | None:
@@ -281,14 +220,14 @@ def _optional_text(value: object, where: str) -> str | None:
 def _train(value: object, where: str) -> bool:
     if isinstance(value, int | float) and value in (0, 1):
         return bool(value)
-    raise DataError(f"must be true or false, not {_show(value)}", where=where, hint="use weight for a share")
+    raise DataError(f"must be true or false, not {shown(value)}", where=where, hint="use weight for a share")
 
 
 def _weight(value: object, where: str) -> float:
     small = isinstance(value, int) and not isinstance(value, bool) and value.bit_length() <= 64
     if small or (isinstance(value, float) and math.isfinite(value)):
         return float(value)  # type: ignore[arg-type]
-    raise DataError(f"must be a finite number, not {_show(value)}", where=where, hint="for example 0.5")
+    raise DataError(f"must be a finite number, not {shown(value)}", where=where, hint="for example 0.5")
 
 
 def _content(value: object, where: str) -> str | tuple[Mapping[str, Any], ...] | None:
@@ -312,7 +251,7 @@ def _content(value: object, where: str) -> str | tuple[Mapping[str, Any], ...] |
         kind = part.get("type", "text")
         if kind not in ("text", "input_text", "output_text"):
             raise DataError(
-                f"content parts of type {_show(kind)} are not supported yet", where=f"{here}.type",
+                f"content parts of type {shown(kind)} are not supported yet", where=f"{here}.type",
                 hint="only text parts can be trained; drop the row or the part", kind="media",
             )
         checked_text(part.get("text"), f"{here}.text")
@@ -357,7 +296,7 @@ def _tool_call(value: object, where: str) -> ToolCall:
             f"arguments must be an object or a JSON string, not {kind_of(arguments)}",
             where=f"{where}.function.arguments", hint=_CALLS,
         )
-    _check_json(arguments, f"{where}.function.arguments")
+    check_json(arguments, f"{where}.function.arguments")
     return ToolCall(name, arguments, _optional_text(value.get("id"), f"{where}.id"))
 
 
@@ -373,27 +312,6 @@ def _tools(value: object) -> tuple[Mapping[str, Any], ...] | None:
         parsed = parse_json(tool, f"tools[{i}]") if isinstance(tool, str) else tool
         if not isinstance(parsed, Mapping):
             raise DataError(f"a tool must be an object, not {kind_of(parsed)}", where=f"tools[{i}]", hint=_TOOLS)
-        _check_json(parsed, f"tools[{i}]")
+        check_json(parsed, f"tools[{i}]")
         tools.append(dict(parsed))
     return tuple(tools) or None
-
-
-def _check_json(value: object, where: str, depth: int = 0) -> None:
-    """Plain JSON values only, of bounded depth: what a template may be shown."""
-    if depth > _MAX_DEPTH:
-        raise DataError(f"is nested more than {_MAX_DEPTH} levels deep", where=where, hint="flatten it")
-    if isinstance(value, str):
-        checked_text(value, where)
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            checked_text(key, f"{where} (a key)")
-            _check_json(item, f"{where}.{key}" if len(str(key)) < 60 else where, depth + 1)
-    elif isinstance(value, list | tuple):
-        for i, item in enumerate(value):
-            _check_json(item, f"{where}[{i}]", depth + 1)
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise DataError(f"holds {value}, which is not JSON", where=where, hint="write null or a number")
-    elif isinstance(value, int) and value.bit_length() > _MAX_BITS:
-        raise DataError("holds an integer of more than 1,000 digits", where=where, hint="write it as a string")
-    elif value is not None and not isinstance(value, bool | int | float):
-        raise DataError(f"holds {kind_of(value)}, which is not JSON", where=where, hint="convert it to text")

@@ -19,12 +19,11 @@ from chatloss.chat import (
     Message,
     Preference,
     Text,
-    checked_text,
-    kind_of,
-    parse_json,
+    plain_message,
     split_think,
 )
 from chatloss.errors import DataError
+from chatloss.values import checked_text, kind_of, parse_json
 
 __all__ = ["COLUMNS", "INPUT_FORMATS", "KEYING", "Row", "detect", "parse"]
 
@@ -121,6 +120,8 @@ def _is_flag(value: object) -> bool:
 
 
 def _refuse_media(data: Mapping[str, Any], where: str) -> None:
+    if MEDIA_KEYS.isdisjoint(data):
+        return
     for key in sorted(MEDIA_KEYS.intersection(data)):
         if not _empty(data[key]):
             here = f"{where}.{key}" if where else key
@@ -149,7 +150,7 @@ def _messages(row: Mapping[str, Any], key: str) -> tuple[Message, ...]:
         raise _bad(f"{key} must be a list, not {kind_of(value)}", key, 'expected [{"role": "user", "content": "..."}]')
     if not value:
         raise _bad(f"{key} is empty", key, "give it at least one message")
-    return tuple(_message(item, f"{key}[{i}]") for i, item in enumerate(value))
+    return tuple([plain_message(item) or _message(item, f"{key}[{i}]") for i, item in enumerate(value)])
 
 
 def _message(data: object, where: str) -> Message:
@@ -223,7 +224,7 @@ def _conversation(row: Mapping[str, Any], messages: tuple[Message, ...], source:
     messages = _with_system(row, messages)
     first = messages[0]
     # minimind keeps the tools of a chat in its system message.
-    own = {key: first.extra[key] for key in ("tools", "functions") if not _empty(first.extra.get(key))}
+    own = {key: value for key, value in first.extra.items() if key in ("tools", "functions") and not _empty(value)}
     if own and first.role == "system":
         messages = (replace(first, extra={k: v for k, v in first.extra.items() if k not in own}), *messages[1:])
     else:

@@ -14,8 +14,8 @@ from itertools import chain
 from pathlib import PurePath
 from typing import Any
 
-from chatloss.chat import parse_json
 from chatloss.errors import DataError
+from chatloss.values import parse_json
 
 __all__ = ["MAX_RECORD", "READ_ERRORS", "RawStream", "Record", "decompressed", "json_lines", "text_kind",
            "text_records"]

@@ -13,9 +13,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
-from chatloss.chat import parse_json
 from chatloss.errors import DataError
 from chatloss.formats import COLUMNS, KEYING
+from chatloss.values import parse_json
 
 __all__ = ["TABLE_MAGIC", "cleaner", "table_values"]
 
