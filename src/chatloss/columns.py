@@ -54,37 +54,49 @@ def table(rows: Sequence[tuple[int, str, Sample]], schema: Any, export: str) -> 
 
 
 def _label_columns(rows: Sequence[Sample], schema: Any) -> dict[str, Any]:
-    kind = schema.field("labels").type
-    return {
-        "input_ids": _lists([row.input_ids for row in rows], kind),
-        "attention_mask": _lists([np.ones(len(row), np.int8) for row in rows], schema.field("attention_mask").type),
-        "labels": _lists([row.labels.astype(np.int32) for row in rows], kind),
+    lengths = [len(row) for row in rows]
+    spans = [span for row in rows for span in row.spans]
+    ids = np.concatenate([row.input_ids for row in rows])
+    trained = np.repeat([span.weight != 0 for span in spans], [span.end - span.start for span in spans])
+    values = {
+        "input_ids": ids, "attention_mask": np.ones(len(ids), np.int8),
+        "labels": np.where(trained, ids, np.int32(-100)),
     }
+    return {name: _lists(flat, lengths, schema.field(name).type) for name, flat in values.items()}
 
 
 def _columns(rows: Sequence[tuple[int, str, Sample]], schema: Any) -> dict[str, Any]:
-    samples = [row for *_, row in rows]
-    trained: dict[int, int] = {}
-    for number, _, row in rows:
-        trained[number] = trained.get(number, 0) + row.n_trained
+    numbers, sides, samples = zip(*rows, strict=True)
     places = [row.source.removesuffix(f" {side}").rpartition(":") for _, side, row in rows]
-    lists: dict[str, list[npt.NDArray[Any]]] = {
-        "input_ids": [row.input_ids for row in samples],
-        "span_ends": [np.array([s.end for s in row.spans], np.int32) for row in samples],
-        "span_messages": [np.array([s.message for s in row.spans], np.int32) for row in samples],
-        "span_weights": [np.array([s.weight for s in row.spans], np.float32) for row in samples],
-        "span_reasons": [np.array([s.reason for s in row.spans], np.uint8) for row in samples],
+    spans = [span for row in samples for span in row.spans]
+    flat = {
+        "row": np.array([int(row) for *_, row in places], np.int64),
+        "conversation": np.array(numbers, np.int32),
+        "conversation_trained": _of_conversations(numbers, [row.n_trained for row in samples]),
     }
+    lists = {
+        "span_ends": np.array([span.end for span in spans], np.int32),
+        "span_messages": np.array([span.message for span in spans], np.int32),
+        "span_weights": np.array([span.weight for span in spans], np.float32),
+        "span_reasons": np.frombuffer(bytes([span.reason for span in spans]), np.uint8),
+    }
+    sizes = [len(row.spans) for row in samples]
+    ids, lengths = np.concatenate([row.input_ids for row in samples]), [len(row) for row in samples]
     return {
-        "file": _texts([file for file, _, _ in places]),
-        "row": _flat(np.array([int(row) for _, _, row in places], np.int64), schema.field("row").type),
-        "side": _texts([side for _, side, _ in rows]),
-        "conversation": _flat(np.array([number for number, *_ in rows], np.int32), schema.field("conversation").type),
-        "conversation_trained": _flat(np.array([trained[number] for number, *_ in rows], np.int64),
-                                      schema.field("conversation_trained").type),
-        **{name: _lists(arrays, schema.field(name).type) for name, arrays in lists.items()},
+        "file": _texts([file for file, *_ in places]), "side": _texts(sides),
+        **{name: _flat(values, schema.field(name).type) for name, values in flat.items()},
+        "input_ids": _lists(ids, lengths, schema.field("input_ids").type),
+        **{name: _lists(values, sizes, schema.field(name).type) for name, values in lists.items()},
         "turns": _turns(samples, schema.field("turns").type),
     }
+
+
+def _of_conversations(numbers: Sequence[int], trained: Sequence[int]) -> npt.NDArray[np.int64]:
+    """For every row the trained tokens of its whole conversation."""
+    _, places = np.unique(numbers, return_inverse=True)
+    totals = np.zeros(len(numbers), np.int64)
+    np.add.at(totals, places, trained)
+    return totals[places]
 
 
 def _flat(values: npt.NDArray[Any], kind: Any) -> Any:
@@ -100,11 +112,11 @@ def _ends(sizes: Sequence[int]) -> Any:
     return pa.py_buffer(np.cumsum([0, *sizes], dtype=np.int32))
 
 
-def _lists(arrays: Sequence[npt.NDArray[Any]], kind: Any) -> Any:
+def _lists(values: npt.NDArray[Any], sizes: Sequence[int], kind: Any) -> Any:
+    """A column of lists of these sizes, one after the other in `values`."""
     import pyarrow as pa
 
-    flat = _flat(np.concatenate(arrays), kind.value_type)
-    return pa.Array.from_buffers(kind, len(arrays), [None, _ends([len(array) for array in arrays])], children=[flat])
+    return pa.Array.from_buffers(kind, len(sizes), [None, _ends(sizes)], children=[_flat(values, kind.value_type)])
 
 
 def _texts(texts: Sequence[str | None]) -> Any:
@@ -120,12 +132,12 @@ def _texts(texts: Sequence[str | None]) -> Any:
 def _turns(rows: Sequence[Sample], kind: Any) -> Any:
     import pyarrow as pa
 
-    turns = [(row, message) for row in rows for message in sorted({*row.outcomes, *row.untrained})]
+    messages = [sorted({*row.outcomes, *row.untrained}) for row in rows]
+    turns = [(row, message) for row, of_row in zip(rows, messages, strict=True) for message in of_row]
     inner = [
         _flat(np.array([message for _, message in turns], np.int32), pa.int32()),
         _texts([row.outcomes.get(message) for row, message in turns]),
         _texts([row.untrained.get(message) for row, message in turns]),
     ]
     flat = pa.Array.from_buffers(kind.value_type, len(turns), [None], children=inner)
-    sizes = [len({*row.outcomes, *row.untrained}) for row in rows]
-    return pa.Array.from_buffers(kind, len(rows), [None, _ends(sizes)], children=[flat])
+    return pa.Array.from_buffers(kind, len(rows), [None, _ends([len(of_row) for of_row in messages])], children=[flat])
