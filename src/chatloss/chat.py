@@ -72,7 +72,8 @@ class Message:
             out["tool_call_id"] = self.tool_call_id
         if self.name is not None:
             out["name"] = self.name
-        return {**out, **self.extra}
+        out.update(self.extra)
+        return out
 
     @classmethod
     def from_dict(cls, data: object, where: str = "message") -> Message:

@@ -62,8 +62,6 @@ def engine_message(message: Message, content: str, arguments: str, reasoning: st
     `content` "string" joins typed parts, "parts" makes them; `arguments` "object" parses JSON strings, "string" dumps
     objects; `reasoning` is the key the template reads.
     """
-    import orjson
-
     out = message.to_dict()
     if content == "parts" and isinstance(message.content, str):
         out["content"] = [{"type": "text", "text": message.content}]
@@ -74,6 +72,8 @@ def engine_message(message: Message, content: str, arguments: str, reasoning: st
     for call in out.get("tool_calls", ()):
         function = call["function"]
         if arguments == "object" and isinstance(function["arguments"], str):
+            import orjson
+
             try:
                 parsed = orjson.loads(function["arguments"])
             except orjson.JSONDecodeError:
