@@ -12,10 +12,11 @@ from typing import Any
 from chatloss.chat import Conversation, Message, split_think
 from chatloss.errors import DataError, TemplateError, TokenizerError
 from chatloss.load import Loaded, load_tokenizer, read_template
+from chatloss.paint import sample
 from chatloss.places import standing
 from chatloss.policy import Policy
 from chatloss.reference import Rendering, Stops, Turn
-from chatloss.rows import TurnIds, group, sample, turn_ids
+from chatloss.rows import TurnIds, group, turn_ids
 from chatloss.sample import Reason, Sample
 from chatloss.template import ANSWER, USER, ChatTemplate, Stop, control_texts
 from chatloss.window import fit

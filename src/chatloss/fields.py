@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from chatloss.chat import Message, ToolCall, split_think
 from chatloss.sample import Reason
 
-__all__ = ["Field", "Missing", "fields_of", "locate", "present"]
+__all__ = ["Field", "Missing", "common_prefix", "fields_of", "locate", "present"]
 
 # A field this short may occur by chance in a header or a tag, so its place is proven by rendering another in its stead.
 SHORT = 16
@@ -43,6 +43,12 @@ class Missing:
 Located = list[tuple[int, int, Reason]]
 
 
+class Searched(Protocol):
+    """A text, for all that looks for something in it."""
+
+    def find(self, piece: str, start: int, end: int | None, /) -> int: ...
+
+
 def fields_of(message: Message) -> list[Field]:
     """The non-empty fields of an answer in the order templates write them: reasoning, content, calls.
 
@@ -63,25 +69,25 @@ def fields_of(message: Message) -> list[Field]:
     return fields
 
 
-def locate(text: str, fields: list[Field], start: int = 0) -> Located | Missing:
-    """(start, end, reason) of every field in `text`, in order from `start`, or the first field that is missing.
+def locate(text: Searched, fields: list[Field], start: int = 0, end: int | None = None) -> Located | Missing:
+    """(start, end, reason) of every field in text[start:end], in order, or the first field that is missing.
 
     Calls may stand before the content: some templates write them so.
     """
-    found = _locate_in_order(text, fields, start)
+    found = _locate_in_order(text, fields, start, end)
     if isinstance(found, Missing):
         calls_first = sorted(fields, key=lambda field: {Reason.REASONING: 0, Reason.CALL: 1}.get(field.reason, 2))
         if calls_first != fields:
-            second = _locate_in_order(text, calls_first, start)
+            second = _locate_in_order(text, calls_first, start, end)
             return found if isinstance(second, Missing) else second
     return found
 
 
-def present(text: str, fields: list[Field], start: int = 0) -> Located:
-    """Those fields that `text` holds, each looked for behind the one before: what a rewriting template still shows."""
+def present(text: Searched, fields: list[Field], start: int = 0, end: int | None = None) -> Located:
+    """Those fields that text[start:end] holds, each behind the one before: what a rewriting template still shows."""
     found: Located = []
     for field in fields:
-        one = _locate_in_order(text, [field], found[-1][1] if found else start)
+        one = _locate_in_order(text, [field], found[-1][1] if found else start, end)
         if not isinstance(one, Missing):
             found += one
     return found
@@ -97,30 +103,54 @@ def proven_place(field: Field, text: str, render_with: Callable[[str], str | Non
         return None
     if other == text:
         return Missing(field.name)
-    size = min(len(text), len(other))
-    start = next((i for i in range(size) if text[i] != other[i]), size)
+    start = common_prefix(text, other)
     if text.startswith(field.text, start) and other.startswith(f"\u25c8{field.text}\u25c8", start):
         return start, start + len(field.text)
     return None
 
 
-def _locate_in_order(text: str, fields: list[Field], start: int) -> Located | Missing:
+def common_prefix(a: str, b: str) -> int:
+    """How many characters two texts have in common at their beginning.
+
+    >>> common_prefix("answer", "answers"), common_prefix("answer", "anger")
+    (6, 2)
+    """
+    if a.startswith(b) or b.startswith(a):
+        return min(len(a), len(b))
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a.startswith(b[low:middle], low):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _locate_in_order(text: Searched, fields: list[Field], start: int, end: int | None) -> Located | Missing:
     found: Located = []
     at = start
     for field in fields:
-        places = [_first(text, alternatives, at) for alternatives in field.pieces]
-        if any(place is None for place in places):
-            return Missing(field.name)
-        spans = [place for place in places if place is not None]
-        begin, end = min(a for a, _ in spans), max(b for _, b in spans)
-        found.append((begin, end, field.reason))
-        at = end
+        begin = behind = -1
+        for alternatives in field.pieces:
+            place = _first(text, alternatives, at, end)
+            if place is None:
+                return Missing(field.name)
+            begin, behind = (min(begin, place[0]), max(behind, place[1])) if begin >= 0 else place
+        found.append((begin, behind, field.reason))
+        at = behind
     return found
 
 
-def _first(text: str, alternatives: tuple[str, ...], start: int) -> tuple[int, int] | None:
-    places = [(at, at + len(piece)) for piece in alternatives if (at := text.find(piece, start)) >= 0]
-    return min(places) if places else None
+def _first(text: Searched, alternatives: tuple[str, ...], start: int, end: int | None) -> tuple[int, int] | None:
+    first: tuple[int, int] | None = None
+    for piece in alternatives:
+        # What begins behind the first one found so far need not be found.
+        bound = end if first is None else first[0] + len(piece)
+        at = text.find(piece, start, bound if end is None or bound is None else min(bound, end))
+        if at >= 0 and (first is None or (at, at + len(piece)) < first):
+            first = at, at + len(piece)
+    return first
 
 
 def _call_pieces(call: ToolCall) -> Iterator[tuple[str, ...]]:

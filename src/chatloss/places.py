@@ -2,55 +2,139 @@
 
 from __future__ import annotations
 
-from chatloss.fields import SHORT, Located, Missing, fields_of, locate
+from bisect import bisect_right
+from dataclasses import dataclass
+
+from chatloss.fields import SHORT, Field, Located, Missing, common_prefix, locate, present
 from chatloss.reference import Rendering, Turn, View
 from chatloss.sample import Reason
 from chatloss.template import control_texts
 
-__all__ = ["regions", "standing"]
+__all__ = ["Place", "Places", "standing"]
 
 
-def regions(rendering: Rendering, text: str, count: int) -> list[tuple[int, int, int]]:
-    """(start, end, message) for the first `count` messages as they stand in `text`, a rendering of more of them.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A message in a text: [start, end) is its own, with `fields`; `supplied` is its generation prompt (characters)."""
+
+    start: int
+    end: int
+    fields: Located
+    supplied: tuple[int, int]
+
+
+class Places:
+    """Where the messages before a turn stand in its prompt. What the prompts of a conversation share is found once.
 
     Exact where shorter renderings are prefixes; where a template rewrites history, a message ends behind its text.
     """
-    bounds, at = [], 0
-    for i in range(count):
+
+    def __init__(self, rendering: Rendering) -> None:
+        self._rendering = rendering
+        self._prompt = ""
+        self._places: list[Place] = []
+        self._reaches: list[int] = []  # the first k + 1 places are the same in any prompt that is the same up to here,
+        self._absent: list[tuple[int, list[str]]] = []  # unless it holds one of these texts of place k further on
+
+    def of(self, turn: Turn, text: str) -> tuple[list[Place], int]:
+        """(places of the messages before `turn`, how many are those of the last call). `text`: prompt and target."""
+        prompt = turn.prompt
+        kept = min(self._still_true(prompt), turn.index)
+        del self._places[kept:], self._reaches[kept:]
+        self._absent = [entry for entry in self._absent if entry[0] < kept]
+        self._prompt = prompt
+        for i in range(kept, turn.index):
+            self._add(i, prompt, text)
+        return self._places, kept
+
+    def _still_true(self, prompt: str) -> int:
+        shared = common_prefix(self._prompt, prompt)
+        kept = bisect_right(self._reaches, shared)
+        for i, texts in self._absent:
+            if i < kept and any(prompt.find(text, max(0, shared - len(text) + 1)) >= 0 for text in texts):
+                return i
+        return kept
+
+    def _add(self, i: int, prompt: str, text: str) -> None:
+        rendering, start = self._rendering, self._places[-1].end if self._places else 0
+        fields, seen = rendering.fields[i], _Seen(prompt, self._reaches[-1] if self._reaches else 0)
         prefix = rendering.text(i + 1)
-        if prefix is not None and text.startswith(prefix):
+        if prefix is not None and prompt.startswith(prefix):
             end = len(prefix)
         else:
-            end = _end_by_text(rendering, text, at, i, prefix)
-        end = max(at, min(end, len(text)))
-        bounds.append((at, end, i))
-        at = end
-    return bounds
+            end = _end_by_text(rendering, seen, start, i, prefix)
+        end = max(start, min(end, len(prompt)))
+        found = locate(prompt, fields, start, end)
+        if isinstance(found, Missing):
+            found = present(prompt, fields, start, end)
+        before, plain, supplied = rendering.prompt(i), rendering.text(i), (0, 0)
+        if before is not None and plain is not None and before != plain:
+            seen.to(len(before))
+            if text.startswith(before):
+                supplied = len(plain), len(before)
+        seen.to(end)
+        self._places.append(Place(start, end, found, supplied))
+        self._reaches.append(seen.reach)
+        if seen.absent:
+            self._absent.append((i, seen.absent))
 
 
-def _end_by_text(rendering: Rendering, text: str, at: int, index: int, prefix: str | None) -> int:
-    fields = fields_of(rendering.conversation.messages[index])
-    answer = [field for field in fields if field.reason == Reason.CONTENT]
-    for wanted in (fields, answer):  # the template may have dropped the reasoning or the calls
-        found = locate(text, wanted, at)
-        if isinstance(found, Missing) or not found or not _goes_on(rendering, text, found[-1][1], index + 1):
+class _Seen:
+    """A text that remembers what was looked at: all up to `reach`, and that `absent` is nowhere further on."""
+
+    __slots__ = ("absent", "reach", "text")
+
+    def __init__(self, text: str, reach: int) -> None:
+        self.text, self.reach = text, reach
+        self.absent: list[str] = []
+
+    def find(self, piece: str, start: int, end: int | None, /) -> int:
+        at = self.text.find(piece, start, end)
+        if at >= 0:
+            self.to(at + len(piece))
+        elif end is None:
+            self.absent.append(piece)
+        else:
+            self.to(end)
+        return at
+
+    def to(self, at: int) -> None:
+        if at > self.reach:
+            self.reach = at
+
+
+def _end_by_text(rendering: Rendering, seen: _Seen, at: int, index: int, prefix: str | None) -> int:
+    fields, text = rendering.fields[index], seen.text
+    agreed = common_prefix(prefix or "", text)
+    seen.to(agreed + 1)
+    for wanted in (fields, _answer(fields)):  # the template may have dropped the reasoning or the calls
+        found = locate(seen, wanted, at)
+        if isinstance(found, Missing) or not found or not _goes_on(rendering, seen, found[-1][1], index + 1):
             continue
         end = found[-1][1]
         # What the shorter rendering writes behind the same words belongs to the message as far as it stands here too.
         words = text[max(found[-1][0], end - SHORT) : end]
         behind = prefix.rfind(words) if prefix else -1
-        return end + _common(prefix[behind + len(words) :], text[end:]) if prefix and behind >= 0 else end
+        if prefix and behind >= 0:
+            end += common_prefix(prefix[behind + len(words) :], text[end:])
+            seen.to(end + 1)
+        return end
     if not fields:
-        return max(at, _common(prefix or "", text))
+        return max(at, agreed)
     prompt = rendering.prompt(index) or ""  # of a message that is dropped the header may be left
+    seen.to(len(prompt))
     return max(at, len(prompt)) if text.startswith(prompt) else at
 
 
-def _goes_on(rendering: Rendering, text: str, at: int, index: int) -> bool:
+def _goes_on(rendering: Rendering, seen: _Seen, at: int, index: int) -> bool:
     """Whether the next message is behind `at`; else what was found is somebody's quotation of a dropped message."""
     messages = rendering.conversation.messages
-    following = [f for f in fields_of(messages[index]) if f.reason == Reason.CONTENT] if index < len(messages) else []
-    return not following or messages[index].role == "assistant" or not isinstance(locate(text, following, at), Missing)
+    following = _answer(rendering.fields[index]) if index < len(messages) else []
+    return not following or messages[index].role == "assistant" or not isinstance(locate(seen, following, at), Missing)
+
+
+def _answer(fields: list[Field]) -> list[Field]:
+    return [field for field in fields if field.reason == Reason.CONTENT]
 
 
 def standing(rendering: Rendering, index: int, base: Turn) -> Located:
@@ -73,18 +157,3 @@ def standing(rendering: Rendering, index: int, base: Turn) -> Located:
     if stop is None or control_texts(text[at : min(starts)]):  # that is the stop of another message
         return found
     return [*found, (at, stop, Reason.STOP)]
-
-
-def _common(a: str, b: str) -> int:
-    """The length of the common prefix of two texts."""
-    size = min(len(a), len(b))
-    if a[:size] == b[:size]:
-        return size
-    low, high = 0, size
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[:middle] == b[:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

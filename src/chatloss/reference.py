@@ -7,18 +7,20 @@ against it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from chatloss.chat import Conversation, Message
 from chatloss.errors import TemplateError
-from chatloss.fields import SHORT, Field, Located, Missing, fields_of, locate, present, proven_place
+from chatloss.fields import SHORT, Field, Located, Missing, common_prefix, fields_of, locate, present, proven_place
 from chatloss.sample import Reason
 from chatloss.template import ChatTemplate, Stop
 
 __all__ = ["Rendering", "Stops", "Turn", "View", "engine_message"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,8 @@ class Rendering:
         self.kwargs = {**(template_kwargs or {}), **conversation.template_kwargs}
         self.refused: dict[tuple[int, bool], str] = {}
         self._texts: dict[tuple[int, bool], str | None] = {}
+        self._places: dict[tuple[int, int, bool, str, str], tuple[int, int] | Missing | None] = {}
+        self._made: dict[Callable[[Rendering], Any], Any] = {}
 
     @cached_property
     def messages(self) -> list[dict[str, Any]]:
@@ -141,6 +145,17 @@ class Rendering:
         """What an engine holds before message `index`: an assistant's prompt ends in the generation prompt."""
         return self.text(index, self.conversation.messages[index].role == "assistant")
 
+    @cached_property
+    def fields(self) -> list[list[Field]]:
+        """The fields of every message."""
+        return [fields_of(message) for message in self.conversation.messages]
+
+    def once(self, make: Callable[[Rendering], T]) -> T:
+        """What `make` makes of this rendering, made once: what the rows of a conversation have in common."""
+        if make not in self._made:
+            self._made[make] = make(self)
+        return cast(T, self._made[make])
+
     def turn(self, index: int) -> Turn:
         """The outcome of message `index` as a trained turn."""
         message = self.conversation.messages[index]
@@ -149,28 +164,27 @@ class Rendering:
             assistant = message.role == "assistant"
             why = self.refused.get((index, assistant)) or self.refused.get((index + 1, False), "")
             return Turn(index, "unrenderable", detail=why)
-        fields = fields_of(message)
         if not own.startswith(prompt):
             return self._off_prompt(index, prompt, own)
-        found = self._locate(index, own, len(prompt), fields)
+        found = self._locate(index, own, len(prompt))
         if isinstance(found, Missing):
-            target = self._target(index, own, len(prompt), [], whole=True)
-            return replace(target, outcome="altered", prompt=prompt, detail=f"the rendering lacks the {found.name}")
-        return replace(self._target(index, own, len(prompt), found), prompt=prompt)
+            target = self._target(index, own, prompt, [], whole=True)
+            return replace(target, outcome="altered", detail=f"the rendering lacks the {found.name}")
+        return self._target(index, own, prompt, found)
 
     def _off_prompt(self, index: int, prompt: str, own: str) -> Turn:
-        at = next((i for i, (a, b) in enumerate(zip(prompt, own, strict=False)) if a != b), min(len(prompt), len(own)))
+        at = common_prefix(prompt, own)
         detail = f"the prompt has {prompt[at : at + 24]!r} where the rendering has {own[at : at + 24]!r}"
         view = View(self, index + 1, False)
         found = view.shown(index, view.last_text(index))
         if not found:
             return Turn(index, "off_prompt", detail=detail, engine_prompt=prompt)
         # What "keep" would train: the fields where they stand, through the stop.
-        start = found[0][0]
-        kept = self._target(index, own, start, found)
-        return replace(kept, outcome="off_prompt", prompt=own[:start], detail=detail, engine_prompt=prompt)
+        kept = self._target(index, own, own[: found[0][0]], found)
+        return replace(kept, outcome="off_prompt", detail=detail, engine_prompt=prompt)
 
-    def _locate(self, index: int, own: str, start: int, fields: list[Field]) -> Located | Missing:
+    def _locate(self, index: int, own: str, start: int) -> Located | Missing:
+        fields = self.fields[index]
         proven: dict[int, tuple[int, int]] = {}
         for i, field in enumerate(fields):
             if field.reason == Reason.CALL or len(field.text) > SHORT:
@@ -189,9 +203,9 @@ class Rendering:
                 places[i] = (*place, fields[i].reason)
         return places if sorted(places) == places else found
 
-    def _target(self, index: int, own: str, start: int, found: Located, whole: bool = False) -> Turn:
-        """The turn's target text from `start` through its stop, with the reason of every character."""
-        message = self.conversation.messages[index]
+    def _target(self, index: int, own: str, prompt: str, found: Located, whole: bool = False) -> Turn:
+        """The turn with what its own rendering has behind `prompt` as its target, through its stop."""
+        message, start = self.conversation.messages[index], len(prompt)
         fields_end = found[-1][1] if found else (len(own) if whole else start)
         end = self.stops.end(own, max(start, fields_end))
         if whole and end is None:
@@ -208,16 +222,16 @@ class Rendering:
             fields_end = max(fields_end, start)
             end = stop_start = len(own) if known.flush and stop else self._tail_end(own, fields_end, message)
         else:
-            stop_start = end - max(len(stop) for stop in self.stops.texts if own.endswith(stop, 0, end))
+            stop_start = end - max([len(stop) for stop in self.stops.texts if own.endswith(stop, 0, end)])
         target = own[start:end] + stop
         spans = _reasons(found, own, start, stop_start, headless=self._headless(index))
         if len(target) > stop_start - start:
             spans.append((stop_start - start, len(target), Reason.STOP))
         trimmed = any(
-            text != text.strip() and text not in target
-            for text in (message.text, message.reasoning or "") if text.strip()
+            text != stripped and text not in target
+            for text in (message.text, message.reasoning) if text and (stripped := text.strip())
         )
-        return Turn(index, "reachable", target=target, spans=tuple(spans), stop=kind, trimmed=trimmed)
+        return Turn(index, "reachable", prompt, target, tuple(spans), kind, trimmed)
 
     def _tail_end(self, own: str, fields_end: int, message: Message) -> int:
         """Where a turn without a rendered stop ends: after its closing markup and the answer's own trailing space."""
@@ -249,17 +263,20 @@ class View:
         return made or ""
 
     def place(self, index: int, field: Field) -> tuple[int, int] | Missing | None:
-        return proven_place(field, self.text, partial(self._with_field, index, field))
+        known, key = self.rendering._places, (index, self.count, self.prompt, field.name, field.text)
+        if key not in known:
+            known[key] = proven_place(field, self.text, partial(self._with_field, index, field))
+        return known[key]
 
     def shown(self, index: int, start: int) -> Located:
         """The fields of message `index` that can be seen from `start` on."""
         found: Located = []
-        for field in fields_of(self.rendering.conversation.messages[index]):
+        for field in self.rendering.fields[index]:
             at = found[-1][1] if found else start
             place = self.place(index, field)
             if place is None or (field.reason == Reason.CALL and not isinstance(place, Missing)):
                 at = max(at, place[0]) if place is not None else at
-                found += present(self.text[: self.next_text(index, at)], [field], at)
+                found += present(self.text, [field], at, self.next_text(index, at))
             elif not isinstance(place, Missing) and place[0] >= at:
                 found.append((*place, field.reason))
         return found
@@ -267,7 +284,7 @@ class View:
     def last_text(self, index: int) -> int:
         """Where the text of the last message before `index` ends that has one."""
         for earlier in reversed(range(index)):
-            for field in reversed(fields_of(self.rendering.conversation.messages[earlier])):
+            for field in reversed(self.rendering.fields[earlier]):
                 place = self.place(earlier, field)
                 if field.reason == Reason.CONTENT and isinstance(place, tuple):
                     return place[1]
@@ -276,7 +293,7 @@ class View:
     def next_text(self, index: int, at: int) -> int:
         """Where behind `at` the text of a message after `index` begins."""
         for later in range(index + 1, self.count):
-            for field in fields_of(self.rendering.conversation.messages[later]):
+            for field in self.rendering.fields[later]:
                 place = self.place(later, field)
                 if isinstance(place, tuple) and place[0] >= at:
                     return place[0]

@@ -1,0 +1,261 @@
+"""Rows with a reason and a weight for every token: the history painted once, the turns of the row over it."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from chatloss.chat import Message
+from chatloss.places import Places, standing
+from chatloss.policy import Policy
+from chatloss.reference import Rendering
+from chatloss.rows import TurnIds
+from chatloss.sample import Decode, Reason, Sample, Span
+
+__all__ = ["Painting", "sample"]
+
+_FIELDS = (Reason.CONTENT, Reason.REASONING, Reason.CALL)
+
+
+def sample(
+    rendering: Rendering, members: Sequence[TurnIds], policy: Policy, outcomes: Mapping[int, str],
+    untrained: Mapping[int, str], decode: Decode, *, length: int = 0, unlawful: Iterable[int] = (),
+) -> Sample:
+    """The row of `members`; `length` cuts it; turns in `unlawful` are trained where they happen to stand in it."""
+    base, messages = members[-1], rendering.conversation.messages
+    row = rendering.once(_Trunk).row(base, {**outcomes, **untrained}, policy)
+    history = rendering.text(base.turn.index)
+    known = history is not None and base.turn.prompt.startswith(history)
+    begun = len(history or "") if known else len(base.turn.prompt)
+    strokes = [(member, _strokes(member, messages[member.turn.index], policy)) for member in members]
+    shown = [(i, standing(rendering, i, base.turn)) for i in unlawful if i < base.turn.index]
+    # Where a member's offsets are those of the base, one look tells the tokens of all their characters.
+    apart = {id(member) for member in members if not _same_target(member, base)}
+    chars = [char for member, made in strokes if id(member) not in apart for stroke in made for char in stroke[:2]]
+    chars += [begun, *(char for _, found in shown for place in found for char in place[:2])]
+    at, over = base.where(chars)
+    if known:
+        row.paint(at[begun], base.context, message=base.turn.index, weight=0.0, reason=Reason.GENERATION_PROMPT)
+    for member, made in strokes:
+        if id(member) in apart:
+            _paint(row, member, made, *member.where([char for stroke in made for char in stroke[:2]]))
+        else:
+            _paint(row, member, made, at, over)
+    for i, found in shown:  # unlawful = "keep": trained as it stands here, although inference never shows it so
+        for a, b, why in found:
+            weight = _weight(why, messages[i], policy)
+            row.paint(
+                over[a] if why in _FIELDS else at[a], at[b], message=i, weight=weight,
+                reason=why if weight else Reason.SWITCHED_OFF,
+            )
+    row.leave_first()
+    n = min(length, len(base.ids)) if length else len(base.ids)
+    return Sample(
+        base.ids[:n], row.spans(n), dict(outcomes), rendering.conversation.source, dict(untrained), decode,
+    )
+
+
+class _Trunk:
+    """The history that rows of one conversation begin with, painted once for all of them as far as it is the same."""
+
+    def __init__(self, rendering: Rendering) -> None:
+        self._messages = rendering.conversation.messages
+        self._places = Places(rendering)
+        self._status: Mapping[int, str] = {}
+        self._base: TurnIds | None = None
+        self._start_again()
+
+    def _start_again(self) -> None:
+        self._painting, self._painted, self._reach = Painting(), 0, 0
+
+    def row(self, base: TurnIds, status: Mapping[int, str], policy: Policy) -> Painting:
+        """A painting of the messages before `base`, each with the reason why it is not trained."""
+        places, kept = self._places.of(base.turn, base.text)
+        if kept < self._painted or status != self._status or not self._same_tokens(base):
+            self._start_again()
+        new = places[self._painted :]
+        chars = [0]
+        for place in new:
+            chars += [place.start, place.end, *place.supplied]
+            for start, end, _ in place.fields:
+                chars += start, end
+        at, over = base.where(chars)
+        for i, place in enumerate(new, self._painted):
+            self._painting.paint(at[place.start], at[place.end], message=i)
+            for start, end, _ in place.fields:
+                self._painting.paint(over[start], at[end], reason=_why_not(self._messages[i], i, status, policy))
+            start, end = place.supplied
+            self._painting.paint(at[start], at[end], reason=Reason.GENERATION_PROMPT)
+        self._painted, self._status, self._base = len(places), status, base
+        self._reach = max(self._reach, *at.values(), *over.values())
+        return self._painting.copy()
+
+    def _same_tokens(self, base: TurnIds) -> bool:
+        """Whether the tokens that were painted are those of another row too: where they start and end decides."""
+        last, end = self._base, self._reach + 1
+        return not self._painted or (
+            last is not None and end <= min(len(last.ids), len(base.ids)) and _same_offsets(last, base, 0, end)
+        )
+
+
+def _same_offsets(a: TurnIds, b: TurnIds, first: int, last: int) -> bool:
+    if a.starts is None or b.starts is None or a.ends is None or b.ends is None:
+        return False
+    part = slice(first, last)
+    return a.starts[part].tobytes() == b.starts[part].tobytes() and a.ends[part].tobytes() == b.ends[part].tobytes()
+
+
+def _same_target(member: TurnIds, base: TurnIds) -> bool:
+    """Whether the offsets of a member's target are the same in its row."""
+    return member is base or _same_offsets(member, base, max(member.context - 1, 0), len(member.ids))
+
+
+def _why_not(message: Message, index: int, status: Mapping[int, str], policy: Policy) -> Reason:
+    if message.role not in policy.roles:
+        return Reason.OTHER_ROLE
+    return _STATUS.get(status.get(index, "split"), Reason.SPLIT)
+
+
+_STATUS = {
+    "exact": Reason.SPLIT, "split": Reason.SPLIT, "off_prompt": Reason.OFF_PROMPT, "altered": Reason.ALTERED,
+    "unrenderable": Reason.UNRENDERABLE, "switched_off": Reason.SWITCHED_OFF, "truncated": Reason.TRUNCATED,
+}
+
+
+# (start, end, whether a token that holds any of it counts, reason or None, weight)
+_Stroke = tuple[int, int, bool, Reason | None, float]
+
+
+def _strokes(member: TurnIds, data: Message, policy: Policy) -> list[_Stroke]:
+    """What to paint over a turn's target, by characters of its text, in this order."""
+    at, spans = len(member.turn.prompt), member.turn.spans[::-1]
+    strokes: list[_Stroke] = [
+        (at + a, at + b, False, why, _weight(why, data, policy)) for a, b, why in spans if why not in _FIELDS
+    ]
+    # A token that holds any of a field is the field's, and of two fields the first one's.
+    strokes += [(at + a, at + b, True, why, _weight(why, data, policy)) for a, b, why in spans if why in _FIELDS]
+    for pattern, factor in policy.spans:
+        for a, b, why in member.turn.spans:
+            if why in _FIELDS:
+                found = re.finditer(pattern, member.text[at + a : at + b])
+                weight = _float32(factor)
+                strokes += [(at + a + m.start(), at + a + m.end(), True, None, weight) for m in found if m[0]]
+    return strokes
+
+
+def _paint(
+    row: Painting, member: TurnIds, strokes: Sequence[_Stroke], at: Mapping[int, int], over: Mapping[int, int]
+) -> None:
+    """Write a turn's targets into the row."""
+    first, end = member.context, len(member.ids)
+    row.paint(first, end, message=member.turn.index)
+    for a, b, holds, why, weight in strokes:
+        start = max((over if holds else at)[a], first)
+        row.paint(start, min(at[b], end), message=member.turn.index, weight=weight, reason=why)
+    row.switch_off(first, end)
+
+
+_PARTS = {Reason.REASONING: "reasoning", Reason.CONTENT: "content", Reason.CALL: "calls"}
+
+
+def _weight(why: Reason, data: Message, policy: Policy) -> float:
+    if why in _PARTS and _PARTS[why] not in policy.parts:
+        return 0.0
+    return 1.0 if data.weight is None else _float32(data.weight)
+
+
+def _float32(weight: float) -> float:
+    """The weight that a row can hold."""
+    return float(np.float32(weight))
+
+
+class Painting:
+    """Runs of tokens from 0 on without end, at first all scaffold of no message. What is painted last, stays.
+
+    Work and memory grow with the number of runs, not of tokens; a copy shares the spans that are not painted over.
+
+    >>> painting = Painting()
+    >>> painting.paint(2, 5, message=1, reason=Reason.CONTENT, weight=1.0)
+    >>> painting.paint(4, 9, message=2)
+    >>> [(s.start, s.end, s.message, s.weight, s.reason.name) for s in painting.spans(8)]
+    [(0, 2, -1, 0.0, 'SCAFFOLD'), (2, 4, 1, 1.0, 'CONTENT'), (4, 5, 2, 1.0, 'CONTENT'), (5, 8, 2, 0.0, 'SCAFFOLD')]
+    """
+
+    __slots__ = ("_spans", "_starts", "_values")
+
+    def __init__(self) -> None:
+        self._starts = [0]
+        self._values = [(-1, 0.0, Reason.SCAFFOLD)]
+        self._spans: list[Span] = []  # those of the first runs, as far as they are final
+
+    def copy(self) -> Painting:
+        made = Painting.__new__(Painting)
+        self._close()
+        made._starts, made._values, made._spans = self._starts[:], self._values[:], self._spans[:]
+        return made
+
+    def paint(
+        self, first: int, last: int, *, message: int | None = None, reason: Reason | None = None,
+        weight: float | None = None,
+    ) -> None:
+        """Set what is given, and only that, for tokens [first, last)."""
+        if first >= last:
+            return
+        a, b = self._cut(first), self._cut(last)
+        del self._spans[max(a - 1, 0) :]
+        if message is not None and reason is not None and weight is not None:
+            self._starts[a:b], self._values[a:b] = [first], [(message, weight, reason)]
+            return
+        for k in range(a, b):
+            value = self._values[k]
+            self._values[k] = (
+                value[0] if message is None else message, value[1] if weight is None else weight,
+                value[2] if reason is None else reason,
+            )
+
+    def switch_off(self, first: int, last: int) -> None:
+        """Tokens of [first, last) that weigh nothing get the reason for that."""
+        if first >= last:
+            return
+        a, b = self._cut(first), self._cut(last)
+        del self._spans[max(a - 1, 0) :]
+        for k, (message, weight, _) in enumerate(self._values[a:b], a):
+            if not weight:
+                self._values[k] = message, weight, Reason.SWITCHED_OFF
+
+    def leave_first(self) -> None:
+        """Token 0 is never trained: nothing predicts it."""
+        _, weight, reason = self._values[0]
+        if weight or reason.trained:
+            self.paint(0, 1, weight=0.0, reason=Reason.SCAFFOLD if reason.trained else None)
+
+    def spans(self, length: int) -> tuple[Span, ...]:
+        """The spans of the first `length` tokens; the painting ends there."""
+        size = bisect_left(self._starts, length)
+        del self._starts[size:], self._values[size:], self._spans[max(size - 1, 0) :]
+        self._close()
+        if self._starts:
+            self._spans.append(Span(self._starts[-1], length, *self._values[-1]))
+        return tuple(self._spans)
+
+    def _cut(self, at: int) -> int:
+        """The index of the run that starts at `at`."""
+        k = bisect_left(self._starts, at)
+        if k == len(self._starts) or self._starts[k] != at:
+            self._starts.insert(k, at)
+            self._values.insert(k, self._values[k - 1])
+        return k
+
+    def _close(self) -> None:
+        """Join equal runs, and make the spans of all runs but the last, whose end is open."""
+        done = len(self._spans)
+        starts, values = self._starts[done:done + 1], self._values[done:done + 1]
+        for start, value in zip(self._starts[done + 1 :], self._values[done + 1 :], strict=True):
+            if value != values[-1]:
+                starts.append(start)
+                values.append(value)
+        self._starts[done:], self._values[done:] = starts, values
+        self._spans += [Span(a, b, *value) for a, b, value in zip(starts, starts[1:], values, strict=False)]
