@@ -17,16 +17,13 @@ PACKAGE = Path(chatloss.__file__).parent
 # Imports only ever point upward in this list.
 ORDER = [
     "errors", "values", "chat", "sample", "policy", "formats", "streams", "tables", "folders", "reader", "meter",
-    "sandbox", "template", "fields", "reference", "places", "tokens", "load", "fast_tokens", "rows", "window", "encode",
-    "markers", "pairs", "pipeline", "reduction", "pack", "batch", "manifest", "columns", "dataset", "shards", "prepare",
-    "cluster",
-    # torch starts here
-    "loss", "config", "parallel", "step", "attention", "models", "checkpoint", "log", "evaluate", "objective",
-    "answers", "references", "preference", "kto", "objectives", "trainer", "verify",
-    # edges
-    "sft", "hf", "runs", "view", "page", "findings", "switches", "probes", "describe_turns", "describe_fields",
-    "describe", "causes", "audit", "tally", "check_report", "check", "labels", "compare_shares", "compare_report",
-    "compare", "demo", "options", "commands", "cli", "__main__", "__init__",
+    "sandbox", "varied", "worlds", "traced_code", "traced", "template", "fields", "reference", "places", "tokens",
+    "load", "fast_tokens", "rows", "paint", "window", "encode", "markers", "pairs", "pipeline", "reduction", "pack",
+    "batch", "manifest", "columns", "dataset", "shards", "prepare", "cluster", "loss", "config", "parallel", "step",
+    "attention", "models", "checkpoint", "log", "evaluate", "objective", "answers", "references", "preference",
+    "kto", "objectives", "trainer", "verify", "sft", "hf", "runs", "view", "page", "findings", "switches", "probes",
+    "describe_turns", "describe_fields", "describe", "causes", "audit", "tally", "check_report", "check", "labels",
+    "compare_shares", "compare_report", "compare", "demo", "options", "commands", "cli", "__main__", "__init__",
 ]  # fmt: skip
 CORE = {*ORDER[: ORDER.index("loss")], *ORDER[ORDER.index("runs") :]}  # all but what trains
 # Known only to functions, so that the encoder and its window can speak of each other.
