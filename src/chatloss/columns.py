@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from chatloss.sample import Sample
+from chatloss.sample import Sample, Span
 
 __all__ = ["SPANS", "schema", "table"]
 
@@ -69,10 +69,11 @@ def _columns(rows: Sequence[tuple[int, str, Sample]], schema: Any) -> dict[str, 
     numbers, sides, samples = zip(*rows, strict=True)
     places = [row.source.removesuffix(f" {side}").rpartition(":") for _, side, row in rows]
     spans = [span for row in samples for span in row.spans]
+    sizes = [len(row.spans) for row in samples]
     flat = {
         "row": np.array([int(row) for *_, row in places], np.int64),
         "conversation": np.array(numbers, np.int32),
-        "conversation_trained": _of_conversations(numbers, [row.n_trained for row in samples]),
+        "conversation_trained": _trained(numbers, sizes, spans),
     }
     lists = {
         "span_ends": np.array([span.end for span in spans], np.int32),
@@ -80,7 +81,6 @@ def _columns(rows: Sequence[tuple[int, str, Sample]], schema: Any) -> dict[str, 
         "span_weights": np.array([span.weight for span in spans], np.float32),
         "span_reasons": np.frombuffer(bytes([span.reason for span in spans]), np.uint8),
     }
-    sizes = [len(row.spans) for row in samples]
     ids, lengths = np.concatenate([row.input_ids for row in samples]), [len(row) for row in samples]
     return {
         "file": _texts([file for file, *_ in places]), "side": _texts(sides),
@@ -91,11 +91,11 @@ def _columns(rows: Sequence[tuple[int, str, Sample]], schema: Any) -> dict[str, 
     }
 
 
-def _of_conversations(numbers: Sequence[int], trained: Sequence[int]) -> npt.NDArray[np.int64]:
+def _trained(numbers: Sequence[int], sizes: Sequence[int], spans: Sequence[Span]) -> npt.NDArray[np.int64]:
     """For every row the trained tokens of its whole conversation."""
     _, places = np.unique(numbers, return_inverse=True)
     totals = np.zeros(len(numbers), np.int64)
-    np.add.at(totals, places, trained)
+    np.add.at(totals, np.repeat(places, sizes), [span.end - span.start if span.weight else 0 for span in spans])
     return totals[places]
 
 

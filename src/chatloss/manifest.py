@@ -66,9 +66,10 @@ class Counts:
                 self.untrained[why] += 1
             for row in encoding.rows:
                 self.tokens += len(row)
-                self.trained += row.n_trained
                 for span in row.spans:
-                    self.reasons[_NAMES[span.reason]] += span.end - span.start
+                    size = span.end - span.start
+                    self.trained += size if span.weight else 0
+                    self.reasons[_NAMES[span.reason]] += size
 
     def merge(self, other: Counts) -> None:
         """Add another shard's counts."""
