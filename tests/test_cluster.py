@@ -18,6 +18,7 @@ from chatloss.demo import chats_file, tokenizer_directory
 from chatloss.errors import DataError, UsageError
 from chatloss.prepare import Job, prepare
 from chatloss.shards import Shard
+from tests import crash_prepare
 
 JOB = Job(str(tokenizer_directory()))
 
@@ -27,7 +28,7 @@ def local() -> Iterator[str]:
     """Ray in this machine's processes, two CPUs."""
     ray = pytest.importorskip("ray")
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
     yield "local"
     ray.shutdown()
 
@@ -69,6 +70,13 @@ def test_a_worker_that_is_killed_is_replaced(local: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(cluster, "_call", killed_once)
     prepare(["chats.jsonl"], "there", JOB, runner=on_ray(local))
     assert once.exists() and contents("here") == contents("there")
+
+
+@pytest.mark.peer
+def test_a_caller_or_a_worker_killed_at_a_random_moment_changes_no_byte(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    made = list(crash_prepare.kills(tmp_path, {"cluster": 2}, seed=1, copies=1))
+    assert [one.victim for one in made] == ["main", "worker"] and all(one.same for one in made), made
 
 
 @pytest.mark.peer

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from chatloss import prepare as preparing
-from chatloss.chat import parse_json
 from chatloss.dataset import Prepared
 from chatloss.demo import chats_file, tokenizer_directory
 from chatloss.errors import DataError
@@ -25,6 +24,7 @@ from chatloss.policy import Policy
 from chatloss.prepare import Job, prepare
 from chatloss.reader import read
 from chatloss.sample import Sample
+from chatloss.values import parse_json
 from tests import crash_prepare
 
 JOB = Job(str(tokenizer_directory()))
@@ -284,15 +284,20 @@ def test_a_prepared_directory_is_viewed_as_the_chats_are(chats: Path, capfd: pyt
 # -- kill -9 --
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_killed_run_leaves_nothing_behind_that_changes_the_bytes(chats: Path, workers: int) -> None:
+def test_a_killed_run_leaves_nothing_behind_that_changes_the_bytes(chats: Path) -> None:
     assert crash_prepare.run(chats, Path("whole"), 0) == 0
     events = int(Path("whole.events").read_text())
     for moment in range(1, events + 1, max(1, events // 8)):
         output = Path(f"killed-{moment}")
-        assert crash_prepare.run(chats, output, moment, workers) or workers > 1
-        assert crash_prepare.run(chats, output, 0, workers) == 0
+        assert crash_prepare.run(chats, output, moment)
+        assert crash_prepare.run(chats, output, 0) == 0
         assert contents(output) == contents(Path("whole"))
+
+
+@pytest.mark.parametrize("ways", [{"one": 4, "two": 2}, pytest.param(crash_prepare.ALL, marks=pytest.mark.slow)])
+def test_runs_killed_at_random_moments_end_with_the_same_bytes(tmp_path: Path, ways: dict[str, int]) -> None:
+    made = list(crash_prepare.kills(tmp_path, ways, seed=1, copies=1 if sum(ways.values()) < 10 else 4))
+    assert len(made) == sum(ways.values()) and all(one.same for one in made), made
 
 
 # -- labels for other trainers --

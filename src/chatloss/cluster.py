@@ -72,7 +72,8 @@ def _connected(address: str) -> Any:
             ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
             what = f"the cluster cannot be reached: {str(error).splitlines()[0][:200]}"
-            raise UsageError(what, where=f"--ray {address}", hint="ray status; or --ray local") from None
+            hint = "ray status; export RAY_AUTH_MODE=token where the cluster asks for a token; or --ray local"
+            raise UsageError(what, where=f"--ray {address}", hint=hint) from None
     return ray
 
 
