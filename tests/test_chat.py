@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from chatloss.chat import Conversation, Message, ToolCall, split_think
 from chatloss.errors import DataError
-from chatloss.values import parse_json
+from chatloss.values import check_json, parse_json
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=20)
 JSON_LIKE = st.recursive(
@@ -207,3 +207,26 @@ def test_any_conversation_is_a_conversation_or_a_data_error(messages: Any, tools
             Conversation.from_messages(values, tools, kwargs)
         except DataError as error:
             assert error.where and error.hint
+
+
+@given(st.sampled_from(["user", "assistant", "tool", "critic", ""]) | SCALARS, SCALARS)
+def test_a_role_and_a_text_alone_are_read_as_they_are_beside_other_keys(role: Any, content: Any) -> None:
+    def read(row: dict[str, Any]) -> Message | str:
+        try:
+            return Message.from_dict(row)
+        except DataError as error:
+            return str(error)
+
+    assert read({"role": role, "content": content}) == read({"role": role, "content": content, "name": None})
+
+
+@given(JSON_LIKE)
+def test_values_that_pass_at_once_are_those_that_pass_place_by_place(value: Any) -> None:
+    def fault(value: object) -> str:
+        try:
+            check_json(value, "here")
+        except DataError as error:
+            return str(error)
+        return ""
+
+    assert fault([value]) == fault((value,))  # a tuple is looked at place by place

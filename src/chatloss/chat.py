@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from chatloss.errors import DataError
 from chatloss.values import check_json, checked_text, is_text, kind_of, parse_json, shown
 
-__all__ = ["Conversation", "Label", "Message", "Preference", "Text", "ToolCall", "parse_json", "split_think"]
+__all__ = ["Conversation", "Label", "Message", "Preference", "Text", "ToolCall", "plain_message", "split_think"]
 
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 TRAIN_KEYS = ("train", "training", "loss")  # ours, axolotl's, ms-swift's

@@ -70,12 +70,12 @@ def _columns(rows: Sequence[tuple[int, str, Sample]], schema: Any) -> dict[str, 
     places = [row.source.removesuffix(f" {side}").rpartition(":") for _, side, row in rows]
     spans = [span for row in samples for span in row.spans]
     sizes = [len(row.spans) for row in samples]
-    flat = {
+    flat: dict[str, npt.NDArray[Any]] = {
         "row": np.array([int(row) for *_, row in places], np.int64),
         "conversation": np.array(numbers, np.int32),
         "conversation_trained": _trained(numbers, sizes, spans),
     }
-    lists = {
+    lists: dict[str, npt.NDArray[Any]] = {
         "span_ends": np.array([span.end for span in spans], np.int32),
         "span_messages": np.array([span.message for span in spans], np.int32),
         "span_weights": np.array([span.weight for span in spans], np.float32),

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from chatloss.chat import parse_json
 from chatloss.encode import ChatEncoder
 from chatloss.errors import DataError
 from chatloss.folders import Folder
 from chatloss.pipeline import Encoded
 from chatloss.sample import Reason
+from chatloss.values import parse_json
 
 __all__ = ["FORMAT", "MANIFEST", "Counts", "differences", "file_sha256", "fingerprints", "read_manifest", "shard_file",
            "write_json"]

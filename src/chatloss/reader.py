@@ -22,12 +22,12 @@ from typing import Any
 
 import orjson
 
-from chatloss.chat import parse_json
 from chatloss.errors import ChatlossError, DataError, UsageError
 from chatloss.folders import is_uri, opened
 from chatloss.formats import INPUT_FORMATS, Row, detect, parse
 from chatloss.streams import READ_ERRORS, RawStream, Record, decompressed, text_records
 from chatloss.tables import TABLE_MAGIC, cleaner, table_values
+from chatloss.values import parse_json
 
 __all__ = ["INPUT_FORMATS", "Reader", "Reject", "path_records", "read", "saved_parts", "told_format",
            "until_unreadable"]
