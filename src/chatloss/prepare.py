@@ -11,13 +11,14 @@ import os
 import pickle
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache, partial
 from importlib.metadata import version
+from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path, PurePath
 from typing import Any, Protocol, TypeVar
@@ -136,7 +137,7 @@ def run_shard(job: Job, encoder: ChatEncoder, shard: Shard, folder: Folder) -> C
     counts.records, counts.rejected = reader.n_rows, reader.reject_counts
     rejects = [asdict(reject) for reject in reader.rejects]
     fast = isinstance(encoder.tokens, FlatTokens)
-    marker = {"shard": done, "counts": counts.to_dict(), "rejects": rejects, "fast": fast}
+    marker = {"shard": done, "of": shard.digest, "counts": counts.to_dict(), "rejects": rejects, "fast": fast}
     write_json(folder, _marker(shard.index), marker)
     return counts
 
@@ -228,10 +229,11 @@ def _clear(folder: Folder, fresh: bool) -> None:
         _sweep(folder)
 
 
-def _sweep(folder: Folder) -> None:
-    """Delete what runs that were killed have left half written."""
+def _sweep(folder: Folder, keep: Collection[str] = ()) -> None:
+    """Delete what runs that were killed have left half written, and the shards that are not among those to keep."""
     for name in folder.files():
-        if name.rpartition("/")[2].startswith(".") and name.endswith(".tmp"):
+        hidden = name.rpartition("/")[2].startswith(".") and name.endswith(".tmp")
+        if hidden or (keep and name.startswith("shards/") and name not in keep):
             folder.delete(name)
 
 
@@ -290,7 +292,7 @@ def _all(
 ) -> tuple[Counts, int]:
     """The counts of all shards, when they are done, and their number."""
     total, n = Counts(), 0
-    before = {index: marker["counts"] for index, marker in _done(folder)}
+    before = {index: (marker["of"], marker["counts"]) for index, marker in _done(folder)}
 
     def done(shard: Shard, counts: Counts) -> None:
         nonlocal n
@@ -301,8 +303,9 @@ def _all(
 
     def undone() -> Iterator[Shard]:
         for shard in shards:
-            if shard.index in before:
-                done(shard, Counts.from_dict(before.pop(shard.index)))
+            of, counts = before.pop(shard.index, ("", {}))
+            if of == shard.digest:
+                done(shard, Counts.from_dict(counts))
             else:
                 yield shard
 
@@ -375,7 +378,7 @@ def _finish(folder: Folder, about: dict[str, Any], total: Counts, n: int, max_re
     shards: list[dict[str, Any]] = []
     first: dict[str, str] | None = None
     with folder.new(REJECTS) as path, path.open("w", encoding="utf-8") as file:
-        for _, marker in _done(folder):
+        for _, marker in islice(_done(folder), n):
             shards.append(marker["shard"])
             for reject in marker["rejects"]:
                 first = first or reject
@@ -386,7 +389,7 @@ def _finish(folder: Folder, about: dict[str, Any], total: Counts, n: int, max_re
     rejected = sum(total.rejected.values())
     if first is not None and rejected > max_rejects * total.records:
         raise _too_many(total, first)
-    _sweep(folder)
+    _sweep(folder, keep={shard["file"] for shard in shards})
     manifest = {"job": about, "counts": total.to_dict(), "shards": shards}
     write_json(folder, MANIFEST, manifest, indent=1)
     folder.delete_folder(WORK)

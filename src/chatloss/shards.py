@@ -88,6 +88,14 @@ class Shard:
     parts: tuple[tuple[int, bytes], ...] = ()
     payload: tuple[bytes, ...] = ()
 
+    @property
+    def digest(self) -> str:
+        """What tells its records from others: the SHA-256 of its parts' hashes, or of its payload."""
+        found = hashlib.sha256()
+        for data in [part for _, part in self.parts] or self.payload:
+            found.update(data)
+        return found.hexdigest()
+
     def records(self) -> Iterator[Record]:
         """(row, value) of every record, as the whole file would give them.
 
