@@ -19,9 +19,12 @@ ORDER = [
     "errors", "values", "chat", "sample", "policy", "formats", "streams", "tables", "folders", "reader", "meter",
     "sandbox", "varied", "worlds", "traced_code", "traced", "template", "fields", "reference", "places", "tokens",
     "load", "fast_tokens", "rows", "paint", "window", "encode", "markers", "pairs", "pipeline", "reduction", "pack",
-    "batch", "manifest", "columns", "dataset", "shards", "prepare", "cluster", "loss", "config", "parallel", "step",
-    "attention", "models", "checkpoint", "log", "evaluate", "objective", "answers", "references", "preference",
-    "kto", "objectives", "trainer", "verify", "sft", "hf", "runs", "view", "page", "findings", "switches", "probes",
+    "batch", "manifest", "columns", "dataset", "shards", "prepare", "cluster",
+    # torch starts here
+    "loss", "config", "parallel", "step", "attention", "models", "checkpoint", "log", "evaluate", "objective",
+    "answers", "references", "preference", "kto", "objectives", "trainer", "verify",
+    # edges
+    "sft", "hf", "runs", "view", "page", "findings", "switches", "probes",
     "describe_turns", "describe_fields", "describe", "causes", "audit", "tally", "check_report", "check", "labels",
     "compare_shares", "compare_report", "compare", "demo", "options", "commands", "cli", "__main__", "__init__",
 ]  # fmt: skip

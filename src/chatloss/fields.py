@@ -93,18 +93,28 @@ def present(text: Searched, fields: list[Field], start: int = 0, end: int | None
     return found
 
 
+def needs_proof(field: Field) -> bool:
+    """Whether the text of a field is so short that it may occur elsewhere by chance."""
+    return field.reason != Reason.CALL and len(field.text) <= SHORT
+
+
+def marked(field: Field) -> str:
+    """What is rendered in a field's stead to see where it stands."""
+    return f"\u25c8{field.text}\u25c8"
+
+
 def proven_place(field: Field, text: str, render_with: Callable[[str], str | None]) -> tuple[int, int] | Missing | None:
     """The place of a short field, shown by rendering another text in its stead; None where that cannot be told.
 
     `render_with(other)` is the same rendering with the field's text replaced.
     """
-    other = render_with(f"\u25c8{field.text}\u25c8")
+    other = render_with(marked(field))
     if other is None:
         return None
     if other == text:
         return Missing(field.name)
     start = common_prefix(text, other)
-    if text.startswith(field.text, start) and other.startswith(f"\u25c8{field.text}\u25c8", start):
+    if text.startswith(field.text, start) and other.startswith(marked(field), start):
         return start, start + len(field.text)
     return None
 

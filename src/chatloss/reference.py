@@ -14,9 +14,21 @@ from typing import Any, TypeVar, cast
 
 from chatloss.chat import Conversation, Message
 from chatloss.errors import TemplateError
-from chatloss.fields import SHORT, Field, Located, Missing, common_prefix, fields_of, locate, present, proven_place
+from chatloss.fields import (
+    Field,
+    Located,
+    Missing,
+    common_prefix,
+    fields_of,
+    locate,
+    marked,
+    needs_proof,
+    present,
+    proven_place,
+)
 from chatloss.sample import Reason
 from chatloss.template import ChatTemplate, Stop
+from chatloss.traced import World
 
 __all__ = ["Rendering", "Stops", "Turn", "View", "engine_message"]
 
@@ -108,6 +120,7 @@ class Rendering:
         self.kwargs = {**(template_kwargs or {}), **conversation.template_kwargs}
         self.refused: dict[tuple[int, bool], str] = {}
         self._texts: dict[tuple[int, bool], str | None] = {}
+        self._swapped: list[tuple[int, Message, str | None]] = []
         self._places: dict[tuple[int, int, bool, str, str], tuple[int, int] | Missing | None] = {}
         self._made: dict[Callable[[Rendering], Any], Any] = {}
 
@@ -118,9 +131,36 @@ class Rendering:
     def text(self, count: int, prompt: bool = False) -> str | None:
         """The first `count` messages rendered, with or without the generation prompt; None where refused."""
         key = (count, prompt)
+        if not self._texts:
+            self._in_one_pass()
         if key not in self._texts:
             self._texts[key] = self._render(self.messages[:count], prompt, key)
         return self._texts[key]
+
+    def _in_one_pass(self) -> None:
+        """Make the renderings that are asked for of every conversation, as far as they can be made at once."""
+        messages = self.conversation.messages
+        if len(messages) < 2:
+            return
+        worlds = [World(count) for count in range(1, len(messages) + 1)]
+        worlds += [World(i, True) for i in range(1, len(messages)) if messages[i].role == "assistant"]
+        swaps = []
+        for i, message in enumerate(messages):
+            for field in self.fields[i] if message.role == "assistant" else ():
+                other = with_field(message, field, marked(field)) if needs_proof(field) else None
+                if other is not None:
+                    swaps.append((i, other))
+                    worlds.append(World(i + 1, False, (i, engine_message(other, *self.forms))))
+        made = self.template.render_all(self.messages, worlds, self.conversation.tools, **self.kwargs)
+        for world, one in zip(worlds, made[: len(made) - len(swaps)], strict=False):
+            if one is not None:
+                key = world.count, world.prompt
+                self._texts[key] = None if isinstance(one, TemplateError) else one
+                if isinstance(one, TemplateError):
+                    self.refused[key] = one.what
+        for (i, other), one in zip(swaps, made[len(made) - len(swaps) :], strict=True):
+            if one is not None:
+                self._swapped.append((i, other, None if isinstance(one, TemplateError) else one))
 
     def _render(
         self, messages: Sequence[Mapping[str, Any]], prompt: bool, key: tuple[int, bool] | None = None
@@ -138,6 +178,10 @@ class Rendering:
 
     def render_with(self, index: int, message: Message, count: int, prompt: bool) -> str | None:
         """The first `count` messages, or the prompt of message `count`, with another message at `index`."""
+        if count == index + 1 and not prompt:
+            for at, other, text in self._swapped:
+                if at == index and other == message:
+                    return text
         messages = [*self.messages[:index], engine_message(message, *self.forms), *self.messages[index + 1 : count]]
         return self._render(messages, prompt and self.conversation.messages[count].role == "assistant")
 
@@ -187,7 +231,7 @@ class Rendering:
         fields = self.fields[index]
         proven: dict[int, tuple[int, int]] = {}
         for i, field in enumerate(fields):
-            if field.reason == Reason.CALL or len(field.text) > SHORT:
+            if not needs_proof(field):
                 continue
             place = View(self, index + 1, False).place(index, field)
             if isinstance(place, Missing):
@@ -301,19 +345,22 @@ class View:
 
     def _with_field(self, index: int, field: Field, other: str) -> str | None:
         """The same rendering with one text of message `index` replaced."""
-        message = self.rendering.conversation.messages[index]
-        if field.reason == Reason.REASONING and message.reasoning and message.reasoning.strip() == field.text:
-            message = replace(message, reasoning=message.reasoning.replace(field.text, other, 1))
-        elif field.reason == Reason.CONTENT and isinstance(message.content, str):
-            head, _, tail = message.content.rpartition(field.text)
-            message = replace(message, content=f"{head}{other}{tail}")
-        elif field.reason == Reason.CALL:
-            calls = list(message.tool_calls)
-            calls[field.call] = replace(calls[field.call], name=other)
-            message = replace(message, tool_calls=tuple(calls))
-        else:
-            return None
-        return self.rendering.render_with(index, message, self.count, self.prompt)
+        message = with_field(self.rendering.conversation.messages[index], field, other)
+        return None if message is None else self.rendering.render_with(index, message, self.count, self.prompt)
+
+
+def with_field(message: Message, field: Field, other: str) -> Message | None:
+    """The message with one of its texts, or the name of a call, replaced; None for texts that are parts."""
+    if field.reason == Reason.REASONING and message.reasoning and message.reasoning.strip() == field.text:
+        return replace(message, reasoning=message.reasoning.replace(field.text, other, 1))
+    if field.reason == Reason.CONTENT and isinstance(message.content, str):
+        head, _, tail = message.content.rpartition(field.text)
+        return replace(message, content=f"{head}{other}{tail}")
+    if field.reason == Reason.CALL:
+        calls = list(message.tool_calls)
+        calls[field.call] = replace(calls[field.call], name=other)
+        return replace(message, tool_calls=tuple(calls))
+    return None
 
 
 def _reasons(found: Located, own: str, start: int, end: int, headless: bool) -> list[tuple[int, int, Reason]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -16,6 +18,7 @@ from jinja2.exceptions import TemplateSyntaxError
 from chatloss.chat import REASONING_KEYS
 from chatloss.errors import TemplateError
 from chatloss.sandbox import Bounds, Exceeded, Sandbox
+from chatloss.traced import TracedTemplate, Unsupported, World
 
 __all__ = ["ChatTemplate", "Formats"]
 
@@ -60,6 +63,7 @@ class ChatTemplate:
 
     `render` gives the same text as ``transformers.apply_chat_template(..., tokenize=False)``. `clock` is what
     ``strftime_now`` reads. Raises `TemplateError` where the template does not compile, raises, or exceeds `bounds`.
+    `render_all` makes many renderings at once, if `trace`; `traced` counts, by whether it could.
 
     >>> ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}").render(
     ...     [{"role": "user", "content": "hi"}])
@@ -70,6 +74,8 @@ class ChatTemplate:
     special_tokens: Mapping[str, Any] = field(default_factory=dict)
     clock: Callable[[], datetime] = datetime.now
     bounds: Bounds = field(default_factory=Bounds)
+    trace: bool = True
+    traced: Counter[str] = field(default_factory=Counter, repr=False)
 
     @cached_property
     def _sandbox(self) -> Sandbox:
@@ -115,10 +121,50 @@ class ChatTemplate:
         except MemoryError:
             raise TemplateError("the template ran out of memory", hint=_ANOTHER, kind="bounds") from None
         except Exception as error:  # a stranger's code: whatever it raises is its refusal of this conversation
-            raise TemplateError(
-                f"the chat template refuses these messages: {_one_line(error)}",
-                hint="see `chatloss template` for what it accepts", kind="refused",
-            ) from None
+            raise _refusal(error) from None
+
+    def render_all(
+        self, messages: Messages, worlds: Sequence[World], tools: Sequence[Mapping[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> list[str | TemplateError | None]:
+        """What `render` gives or raises for each of `worlds`, in one pass; None where that is not proven.
+
+        >>> template = ChatTemplate("{% for m in messages %}{{ m.content }}{{ '.' if loop.last }}{% endfor %}")
+        >>> template.render_all([{"content": "a"}, {"content": "b"}], [World(1), World(2)])
+        ['a.', 'ab.']
+        """
+        name, text = self.select(tools)
+        if not self.trace or not worlds:
+            return [None] * len(worlds)
+        if name not in self._passes:
+            try:
+                self._passes[name] = TracedTemplate(text, self.clock, self.bounds)
+            except Unsupported:
+                self._passes[name] = None
+        traced = self._passes[name]
+        if traced is None:
+            self.traced["rendered alone"] += len(worlds)
+            return [None] * len(worlds)
+        found = traced.render(
+            [_aliased(message) for message in messages],
+            [replace(one, swap=(one.swap[0], _aliased(one.swap[1]))) if one.swap else one for one in worlds],
+            tools=None if tools is None else list(tools), documents=None, **{**self.special_tokens, **kwargs},
+        )
+        missing = found.count(None)
+        self.traced["rendered alone"] += missing
+        self.traced["in one pass"] += len(worlds) - missing
+        return [_refusal(one) if isinstance(one, Exception) else one for one in found]
+
+    @property
+    def _passes(self) -> dict[str, TracedTemplate | None]:
+        """The templates by name, for this thread."""
+        if not hasattr(self._local, "passes"):
+            self._local.passes = {}
+        return self._local.passes  # type: ignore[no-any-return]
+
+    @cached_property
+    def _local(self) -> threading.local:
+        return threading.local()
 
     def _compile(self, text: str) -> Template:
         self._sandbox.meter.start()
@@ -300,6 +346,13 @@ def _aliased(message: Mapping[str, Any]) -> dict[str, Any]:
     plain = {key: value for key, value in message.items() if value is not None}
     reasoning = next((plain[key] for key in REASONING_KEYS if key in plain), None)
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
+def _refusal(error: Exception) -> TemplateError:
+    return TemplateError(
+        f"the chat template refuses these messages: {_one_line(error)}",
+        hint="see `chatloss template` for what it accepts", kind="refused",
+    )
 
 
 def _as_parts(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,142 +1,27 @@
 """Values that differ between renderings that run together: what `traced` templates compute with.
 
 A world is one rendering: a list of messages, with or without the generation prompt. All worlds run at once, in one
-pass through the template. `Worlds.mask` has a bit for each world that the code at hand runs for. A value that is not the
-same in all of them is a `Varied`, and whatever is done with it is done once for each of its values, so that every world
-gets what it would have got alone. Where worlds take different branches, the branches run one after the other, each
-for its own worlds. What cannot be done so raises `Unproven`: never is one world's value taken for another's.
+pass through the template. `Worlds.mask` has a bit for each world that the code at hand runs for. A value that is not
+the same in all of them is a `Varied`, and whatever is done with it is done once for each of its values, so that every
+world gets what it would have got alone. Where worlds take different branches, the branches run one after the other,
+each for its own worlds. What cannot be done so raises `Unproven`: never is one world's value taken for another's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any
 
-from jinja2.runtime import LoopContext, Undefined, missing
+from jinja2.runtime import LoopContext, Undefined
+from jinja2.utils import missing
 
 from chatloss.meter import Exceeded
+from chatloss.varied import Buffer, Facets, Unproven, Varied, merged
 
-__all__ = ["Buffer", "Facets", "Loop", "Unproven", "Varied", "Worlds"]
+__all__ = ["Loop", "Worlds"]
 
-Facets = list[tuple[int, Any]]
-_SCALARS = frozenset((str, int, bool, float, type(None)))
 _ALONE = (Exceeded, RecursionError, MemoryError)
-
-
-class Unproven(Exception):
-    """Something that is not known to give every world what it would get alone."""
-
-
-class Varied:
-    """A value by worlds: `facets` are (mask, value), of which the first that has a world's bit holds.
-
-    If `items` is not None the values are lists that begin alike: item `i` is ``items[i]`` in the worlds of
-    ``longer[i]``, and the others have no such item. `items` may be varied themselves.
-    """
-
-    __slots__ = ("_facets", "items", "longer", "sizes")
-
-    def __init__(
-        self, facets: Facets | None, items: list[Any] | None = None, longer: Sequence[int] = (),
-        sizes: Facets | None = None,
-    ) -> None:
-        self._facets = facets
-        self.items = items
-        self.longer = longer
-        self.sizes = sizes
-
-    @property
-    def facets(self) -> Facets:
-        if self._facets is None:
-            assert self.items is not None and self.sizes is not None
-            self._facets = [facet for mask, size in self.sizes for facet in _lists(self.items[:size], mask)]
-        return self._facets
-
-    def _unproven(self, *args: Any) -> NoReturn:
-        raise Unproven("a value that differs between renderings was used as one")
-
-    __bool__ = __str__ = __repr__ = __len__ = __iter__ = __hash__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = _unproven
-    __ge__ = __contains__ = __getitem__ = __index__ = __format__ = __call__ = __add__ = __radd__ = _unproven
-
-
-def _lists(items: list[Any], mask: int) -> Facets:
-    """The lists that `items` are in the worlds of `mask`."""
-    found: Facets = [(mask, items)]
-    for i, item in enumerate(items):
-        if type(item) is Varied:
-            found = [
-                (m & mask, [*values[:i], value, *values[i + 1 :]])
-                for mask, values in found for m, value in item.facets if m & mask
-            ]
-    return found
-
-
-def _key(value: Any) -> Any:
-    kind = type(value)
-    return (kind, value) if kind in _SCALARS else id(value)
-
-
-def _merged(found: Facets) -> Any:
-    """The value that all of `found` have, or a `Varied` in which equal values are one."""
-    first = found[0][1]
-    if len(found) == 1:
-        return first
-    values: dict[Any, tuple[int, Any]] = {}
-    for mask, value in found:
-        key = _key(value)
-        values[key] = (values[key][0] | mask, value) if key in values else (mask, value)
-    return first if len(values) == 1 else Varied([*values.values()])
-
-
-class Buffer:
-    """Text that worlds write: pieces, each with the worlds that wrote it."""
-
-    __slots__ = ("_worlds", "pieces")
-
-    def __init__(self, worlds: Worlds) -> None:
-        self._worlds = worlds
-        self.pieces: list[tuple[int, list[str]]] = []
-
-    def append(self, text: Any) -> None:
-        if type(text) is Varied:
-            for mask, value in self._worlds.seen(text):
-                self._write(mask, value)
-        else:
-            self._write(self._worlds.mask, text)
-
-    def _write(self, mask: int, text: str) -> None:
-        if self.pieces and self.pieces[-1][0] == mask:
-            self.pieces[-1][1].append(text)
-        else:
-            self.pieces.append((mask, [text]))
-
-    def texts(self, worlds: int) -> Facets:
-        """(mask, text) of all `worlds`, those that wrote the same together."""
-        # The texts so far, those last written to in front: a piece is mostly the same worlds' as the one before.
-        found: list[tuple[int, list[str]]] = [(worlds, [])]
-        for piece_mask, parts in self.pieces:
-            left = piece_mask & worlds
-            text = "".join(parts)
-            touched: list[tuple[int, list[str]]] = []
-            at = 0
-            while left and at < len(found):
-                mask, before = found[at]
-                shared = mask & left
-                if not shared:
-                    at += 1
-                    continue
-                left ^= shared
-                if shared == mask:
-                    del found[at]
-                    before.append(text)
-                    touched.append((mask, before))
-                else:
-                    before[:] = ["".join(before)]
-                    found[at] = (mask ^ shared, before)
-                    touched.append((shared, [*before, text]))
-                    at += 1
-            found[:0] = touched
-        return [(mask, "".join(parts)) for mask, parts in found]
 
 
 class Loop:
@@ -197,10 +82,11 @@ class Loop:
 class Worlds:
     """The worlds of one traced rendering: for which of them code runs (`mask`), and how values differ between them.
 
-    `out`: those that have left the current iteration; `broken`: the current loop; `dead`: those that raised something.
+    `out`: those that have left the current iteration; `broken`: the current loop. `dead`: those that raised something,
+    or may have; `refused`: what they did raise, where it is known.
     """
 
-    __slots__ = ("all", "broken", "buffer", "dead", "mask", "out", "spaces", "tick")
+    __slots__ = ("all", "broken", "buffer", "dead", "mask", "out", "refused", "spaces", "tick")
 
     def __init__(self, tick: Callable[[int], None]) -> None:
         self.tick = tick
@@ -210,13 +96,18 @@ class Worlds:
         """Start with `count` worlds."""
         self.all = self.mask = (1 << count) - 1
         self.out = self.broken = self.dead = 0
-        self.buffer = Buffer(self)
+        self.buffer = Buffer()
         self.spaces: dict[int, tuple[Any, int]] = {}
+        self.refused: list[tuple[int, Exception]] = []
 
     # -- values ----------------------------------------------------------------------------------------------------
 
     def seen(self, value: Varied) -> Facets:
         """The facets of `value` in the worlds that run."""
+        if value.mask == self.mask:
+            return value.facets
+        if value.lazy is not None:
+            return self._forced(value, value.lazy)
         left, found = self.mask, []
         for mask, one in value.facets:
             shared = mask & left
@@ -227,46 +118,80 @@ class Worlds:
                     return found
         raise Unproven("a value is not known in all worlds")
 
+    def _forced(self, value: Varied, lazy: Callable[[], Any]) -> Facets:
+        known, facets = value.known
+        if self.mask & ~known:
+            made = lazy()
+            facets = self.seen(made) if type(made) is Varied else [(self.mask, made)]
+            value.known = self.mask, facets
+        elif self.mask != known:
+            facets = [(m & self.mask, one) for m, one in facets if m & self.mask]
+        return facets
+
+    def later(self, lazy: Callable[[], Any], whole: bool = False) -> Varied:
+        """What `lazy`, which cannot fail, will give in those of the worlds that ask for it."""
+        value = Varied([], whole=whole)
+        value.lazy, value.born = lazy, self.mask
+        return value
+
+    def _everywhere(self, value: Varied) -> Facets:
+        """The facets of `value` in all the worlds that have it."""
+        if value.lazy is None:
+            return value.facets
+        entry, self.mask = self.mask, value.born
+        found = self.seen(value)
+        self.mask = entry
+        return found
+
     def see(self, value: Any) -> Any:
         """What `value` is in the worlds that run: itself, one of its facets, or fewer of them."""
-        if type(value) is not Varied or value.items is not None:
+        if type(value) is not Varied or value.items is not None or value.mask == self.mask:
             return value
         found = self.seen(value)
-        return found[0][1] if len(found) == 1 else _merged(found)
+        return found[0][1] if len(found) == 1 else merged(found)
 
     def name(self, value: Varied, name: str, undefined: Callable[..., Any]) -> Any:
         """`see` for a variable, which may not be set in some of the worlds."""
         value = self.see(value)
         if type(value) is Varied and value.items is None:
-            return _merged([(m, undefined(name=name) if one is missing else one) for m, one in value.facets])
+            return merged([(m, undefined(name=name) if one is missing else one) for m, one in value.facets])
         return undefined(name=name) if value is missing else value
 
     def put(self, before: Any, value: Any) -> Any:
         """A variable that was `before` after `value` was assigned to it in the worlds that run."""
         facets = self.seen(value) if type(value) is Varied else [(self.mask, value)]
-        old = before.facets if type(before) is Varied else [(self.all, before)]
+        old = self._everywhere(before) if type(before) is Varied else [(self.all, before)]
         return Varied([*facets, *((m, one) for m, one in old if m & ~self.mask)])
 
     def lift(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``function(*args, **kwargs)``, called for each value of the arguments that vary."""
-        for i, value in enumerate(args):
-            if type(value) is Varied:
-                return self._each(value, lambda one: self.lift(function, *args[:i], one, *args[i + 1 :], **kwargs))
-        for key, value in kwargs.items():
-            if type(value) is Varied:
-                return self._each(value, lambda one: self.lift(function, *args, **{**kwargs, key: one}))
-        return function(*args, **kwargs)
-
-    def _each(self, value: Varied, function: Callable[[Any], Any]) -> Any:
+        keys = [*range(len(args)), *kwargs]
+        given: dict[Any, Any] = dict(enumerate(args)) | kwargs
+        varied = [key for key in keys if type(given[key]) is Varied]
+        if not varied:
+            return function(*args, **kwargs)
+        key, last = varied[0], len(varied) == 1
         entry, found = self.mask, []
-        try:
-            for mask, one in self.seen(value):
-                self.mask = mask
-                made = function(one)
-                found += self.seen(made) if type(made) is Varied else [(mask, made)]
-        finally:
-            self.mask = entry
-        return _merged(found)
+        for mask, one in self.seen(given[key]):
+            self.mask = mask  # if it raises, it does so in these worlds
+            given[key] = one
+            plain = [given[i] for i in range(len(args))]
+            options = {name: given[name] for name in kwargs} if kwargs else kwargs
+            made = function(*plain, **options) if last else self.lift(function, *plain, **options)
+            if type(made) is Varied:
+                found += self.seen(made)
+            else:
+                found.append((mask, made))
+        self.mask = entry
+        return merged(found)
+
+    def lookup(self, value: Varied, key: str) -> Any:
+        """``value[key]`` where that is a dict's in all worlds, else `missing`."""
+        found = self.seen(value)
+        for _, one in found:
+            if type(one) is not dict or key not in one:
+                return missing
+        return merged([(mask, one[key]) for mask, one in found])
 
     def plain(self, value: Any) -> Any:
         """`value`, which must be the same in all worlds that run."""
@@ -281,8 +206,13 @@ class Worlds:
                 raise Unproven("an iterator is kept")
         return value
 
-    def new_buffer(self) -> Buffer:
-        return Buffer(self)
+    def write(self, buffer: Buffer, text: Any) -> None:
+        """Write `text` to `buffer` in the worlds that run."""
+        if type(text) is Varied:
+            for mask, value in self.seen(text):
+                buffer.write(mask, value)
+        else:
+            buffer.write(self.mask, text)
 
     # -- operators -------------------------------------------------------------------------------------------------
 
@@ -299,16 +229,13 @@ class Worlds:
         if type(test) is not Varied:
             return yes() if test else no()
         entry, found = self.mask, []
-        true, false = self._sides(test)
-        try:
-            for mask, function in ((true, yes), (false, no)):
-                if mask:
-                    self.mask = mask
-                    made = function()
-                    found += self.seen(made) if type(made) is Varied else [(mask, made)]
-        finally:
-            self.mask = entry
-        return _merged(found)
+        for mask, function in zip(self._sides(test), (yes, no), strict=True):
+            if mask:
+                self.mask = mask
+                made = function()
+                found += self.seen(made) if type(made) is Varied else [(mask, made)]
+        self.mask = entry
+        return merged(found)
 
     def _sides(self, test: Varied) -> tuple[int, int]:
         true = false = 0
@@ -335,9 +262,10 @@ class Worlds:
 
     def length(self, value: Varied) -> Any:
         """The length of a varied list."""
-        if value.items is None:
+        if value.sizes is None:
             return self.lift(len, value)
-        return self.see(Varied(value.sizes))
+        sizes = value.sizes
+        return sizes[0][1] if len(sizes) == 1 else Varied(sizes, whole=True)
 
     def item(self, value: Varied, index: int, none: Any) -> Any:
         """Item `index`, at least 0, of a varied list that worlds have more or less of; `none` where there is none."""
@@ -348,15 +276,43 @@ class Worlds:
             return self.see(value.items[index])
         if not inside:
             return none
-        return self.see(Varied([(inside, value.items[index]), (self.mask, none)])) \
-            if type(value.items[index]) is not Varied else self.see(
-                Varied([*((m & inside, one) for m, one in value.items[index].facets if m & inside), (self.mask, none)]))
+        entry, self.mask = self.mask, inside
+        found = self.see(value.items[index])
+        self.mask = entry
+        facets = found.facets if type(found) is Varied else [(inside, found)]
+        return Varied([*facets, (entry & ~inside, none)])
 
     def rest(self, value: Varied, start: int) -> Varied:
         """``value[start:]`` of a varied list that worlds have more or less of."""
         assert value.items is not None and value.sizes is not None
         sizes = [(mask, max(size - start, 0)) for mask, size in value.sizes]
-        return Varied(None, value.items[start:], value.longer[start:], sizes)
+
+        def lists() -> Facets:
+            return [(mask, one[start:]) for mask, one in value.facets]
+
+        return Varied(lists, value.items[start:], value.longer[start:], sizes)
+
+    def backwards(self, value: Varied) -> Varied:
+        """``value[::-1]`` of a varied list that worlds have more or less of."""
+        items, sizes = value.items, value.sizes
+        assert items is not None and sizes is not None
+
+        def item(i: int) -> Any:
+            found: Facets = []
+            for mask, size in sizes:
+                shared = mask & self.mask
+                if shared and size > i:
+                    one = items[size - 1 - i]
+                    if type(one) is Varied:
+                        found += [(m & shared, each) for m, each in one.facets if m & shared]
+                    else:
+                        found.append((shared, one))
+            return merged(found)
+
+        return Varied(
+            lambda: [(mask, one[::-1]) for mask, one in value.facets],
+            [self.later(partial(item, i)) for i in range(len(items))], value.longer, sizes,
+        )
 
     # -- statements ------------------------------------------------------------------------------------------------
 
@@ -382,9 +338,11 @@ class Worlds:
         self.mask = 0
 
     def die(self, mask: int, error: Exception) -> None:
-        """Give the worlds of a branch up that raised `error` in some of them."""
-        if isinstance(error, (Unproven, *_ALONE)):
+        """Give the worlds of `mask` up: in those that ran, `error` was raised, and what the others do is not known."""
+        if isinstance(error, _ALONE):
             raise error
+        if not isinstance(error, Unproven):
+            self.refused.append((self.mask, error))
         self.dead |= mask
         self.mask = 0
 
@@ -427,8 +385,7 @@ class Worlds:
                     break
                 continue
             loop.index0 = i
-            one = self.see(item)
-            yield (one, loop) if extended else one
+            yield (item, loop) if extended else item
         self._left(entry, outer)
 
     def _left(self, entry: int, outer: tuple[int, int]) -> None:
@@ -444,7 +401,7 @@ class Worlds:
         items, longer = [], []
         for i in range(longest):
             here = [(mask, one[i]) for mask, one in found if len(one) > i]
-            items.append(_merged(here))
+            items.append(merged(here))
             longer.append(sum(mask for mask, _ in here))
         return Varied(found, items, longer, [(mask, len(one)) for mask, one in found])
 

@@ -1,0 +1,124 @@
+"""A value that differs between renderings that run together, and text that some of them write.
+
+A set of renderings is an integer with a bit for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+__all__ = ["Buffer", "Facets", "Unproven", "Varied", "merged"]
+
+Facets = list[tuple[int, Any]]
+_SCALARS = frozenset((str, int, bool, float, type(None)))
+
+
+class Unproven(Exception):
+    """Something that is not known to give every world what it would get alone."""
+
+
+class Varied:
+    """A value by worlds: `facets` are (mask, value), of which the first that has a world's bit holds.
+
+    If `items` is not None the values are lists that begin alike: item `i` is ``items[i]`` in the worlds of
+    ``longer[i]``, and the others have no such item; `sizes` are their lengths. `items` may be varied themselves. If
+    `lazy` is not None it gives the value in the worlds that run, of those in `born`. `whole`: all values are integers.
+    `mask`: the facets are apart and make up just these worlds (0: not known).
+    """
+
+    __slots__ = ("_facets", "_make", "born", "items", "known", "lazy", "longer", "mask", "sizes", "whole")
+
+    def __init__(
+        self, facets: Facets | Callable[[], Facets], items: list[Any] | None = None, longer: Sequence[int] = (),
+        sizes: Facets | None = None, whole: bool = False, mask: int = 0,
+    ) -> None:
+        self._facets: Facets | None
+        if callable(facets):
+            self._facets, self._make = None, facets
+        else:
+            self._facets = facets
+        self.items = items
+        self.longer = longer
+        self.sizes = sizes
+        self.whole = whole
+        self.mask = mask
+        self.lazy: Callable[[], Any] | None = None
+        self.born = 0
+        self.known: tuple[int, Facets] = 0, []
+
+    @property
+    def facets(self) -> Facets:
+        if self._facets is None:
+            self._facets = self._make()
+        return self._facets
+
+    def _unproven(self, *args: Any) -> NoReturn:
+        raise Unproven("a value that differs between renderings was used as one")
+
+    __bool__ = __str__ = __repr__ = __len__ = __iter__ = __hash__ = __eq__ = __ne__ = __lt__ = __le__ = _unproven
+    __gt__ = __ge__ = __contains__ = __getitem__ = __index__ = __format__ = __call__ = __add__ = __radd__ = _unproven
+
+
+def merged(found: Facets) -> Any:
+    """The value that all of `found` have, or a `Varied` in which equal values are one. The masks are apart."""
+    first = found[0][1]
+    for _, value in found:
+        if value is not first:
+            break
+    else:
+        return first
+    values: dict[Any, tuple[int, Any]] = {}
+    whole = 0
+    for mask, value in found:
+        whole |= mask
+        kind = type(value)
+        key = (kind, value) if kind in _SCALARS else id(value)
+        if key in values:
+            values[key] = values[key][0] | mask, value
+        else:
+            values[key] = mask, value
+    return first if len(values) == 1 else Varied([*values.values()], mask=whole)
+
+
+class Buffer:
+    """Text that worlds write: pieces, each with the worlds that wrote it."""
+
+    __slots__ = ("pieces",)
+
+    def __init__(self) -> None:
+        self.pieces: list[tuple[int, list[str]]] = []
+
+    def write(self, mask: int, text: str) -> None:
+        if self.pieces and self.pieces[-1][0] == mask:
+            self.pieces[-1][1].append(text)
+        else:
+            self.pieces.append((mask, [text]))
+
+    def texts(self, worlds: int) -> Facets:
+        """(mask, text) of all `worlds`, those that wrote the same together."""
+        # The texts so far, those last written to in front: a piece is mostly the same worlds' as the one before.
+        found: list[tuple[int, list[str]]] = [(worlds, [])]
+        for piece_mask, parts in self.pieces:
+            left = piece_mask & worlds
+            text = "".join(parts)
+            touched: list[tuple[int, list[str]]] = []
+            at = 0
+            while left and at < len(found):
+                mask, before = found[at]
+                shared = mask & left
+                if not shared:
+                    at += 1
+                    continue
+                left ^= shared
+                if shared == mask:
+                    del found[at]
+                    before.append(text)
+                    touched.append((mask, before))
+                else:
+                    before[:] = ["".join(before)]
+                    found[at] = (mask ^ shared, before)
+                    touched.append((shared, [*before, text]))
+                    at += 1
+            found[:0] = touched
+        return [(mask, "".join(parts)) for mask, parts in found]
