@@ -102,7 +102,8 @@ class Message:
             hint = "give it a content string (it may be empty)"
             raise DataError("a message needs content, tool_calls or reasoning_content", where=where, hint=hint)
         extra = {str(key): value for key, value in data.items() if key not in MESSAGE_KEYS and value is not None}
-        check_json(extra, where)
+        if extra:
+            check_json(extra, where)
         return cls(
             role=role, content=content, reasoning=reasoning, tool_calls=tool_calls,
             tool_call_id=_optional_text(data.get("tool_call_id"), f"{where}.tool_call_id"),
@@ -142,7 +143,8 @@ class Conversation:
             what = f"{here} must be an object, not {kind_of(template_kwargs)}"
             raise DataError(what, where=here, hint='for example {"enable_thinking": false}')
         kwargs = dict(template_kwargs or {})
-        check_json(kwargs, here)
+        if kwargs:
+            check_json(kwargs, here)
         made = [m if isinstance(m, Message) else Message.from_dict(m, f"messages[{i}]") for i, m in enumerate(messages)]
         return cls(messages=tuple(made), tools=_tools(tools), template_kwargs=kwargs, source=source)
 
