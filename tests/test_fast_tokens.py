@@ -153,7 +153,7 @@ def test_text_that_the_normaliser_changes_is_left_to_the_reference() -> None:
     _, fast = both("qwen3")
     before = fast.fell_back
     assert_equal("qwen3", "cafe\u0301 au lait")
-    assert fast.fell_back == before + 2
+    assert fast.fell_back > before
 
 
 def test_a_token_that_swallows_whitespace_is_left_to_the_reference(tmp_path: Path) -> None:

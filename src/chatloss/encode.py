@@ -167,13 +167,15 @@ class ChatEncoder:
         problems = list(self._control_problems(conversation))
         wanted, untrained = self._wanted(conversation)
         turns = [rendering.turn(i) for i in wanted]
+        # The last first: most of the others are parts of it.
+        ids = {turn.index: self._turn_ids(turn, conversation.messages[turn.index]) for turn in reversed(turns)}
         outcomes: dict[int, str] = {}
         ready: list[TurnIds] = []
         for turn in turns:
             problem = self._problem(turn)
             if problem is not None:
                 problems.append(problem)
-            made = self._turn_ids(turn, conversation.messages[turn.index])
+            made = ids[turn.index]
             outcomes[turn.index] = "exact" if turn.outcome == "reachable" else turn.outcome
             if made is not None:
                 ready.append(made)

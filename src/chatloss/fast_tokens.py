@@ -18,15 +18,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from chatloss.cuts import overlaps, steps
 from chatloss.errors import TokenizerError, UsageError
 from chatloss.load import Loaded
-from chatloss.tokens import Encoded, FastTokens
+from chatloss.tokens import NOTHING, Encoded, FastTokens
 
 __all__ = ["ENCODERS", "FlatTokens", "Unequal", "loaded_with"]
 
 ENCODERS = ("auto", "reference", "fast")
 LARGEST_ID, MOST_PAIRS = 2**24, 2**24
-SAMPLE = 2048  # one text in so many is encoded by both
+SAMPLE = 512  # one character in so many is encoded by both
 # Scripts, spaces, digits and punctuation of all kinds: what pre-tokenizers tell apart.
 TEXTS = (
     "The quick brown fox can't jump over 12345 lazy dogs, I'll say; they've  two   spaces.\n\n\tTabs\r\nand lines \n ",
@@ -39,9 +40,6 @@ TEXTS = (
     "    indented\n        more\n\n\n\nand    inner     runs of      spaces, trailing ones too     \n      ",
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!!!!!!!!!!!!!!!!----------==========~~~~~~~~......…“”«»",
 )
-
-
-_NOTHING = Encoded(*(np.zeros(0, np.int32) for _ in range(3)))
 
 
 class Unequal(Exception):
@@ -78,74 +76,52 @@ class FlatTokens(FastTokens):
             raise TokenizerError(f"the fast encoder refuses: {error}", hint="--encoder reference") from None
         self._composes = "NFC" in json.dumps(spec.get("normalizer"))
         self._sizes = _byte_sizes(spec)
-        added = spec["added_tokens"]
-        self._cuts = np.zeros(len(self._sizes), bool)
-        if not any(token.get(name) for token in added for name in ("lstrip", "rstrip", "single_word")):
-            self._cuts[[token["id"] for token in added if not token.get("normalized")]] = True
-        self._reach = max((len(token["content"]) for token in added), default=0)
-        self._unlike = _overlaps(added)
-        self._last = "", _NOTHING
-        self._calls = self.fell_back = 0
+        late = {token["content"] for token in spec["added_tokens"] if token.get("normalized")}
+        self._unlike = overlaps(set(self.added) - late, late)
+        self._encoded = self._next_sample = self.fell_back = 0
         for text in _texts(self.added):
             self._compare(text, self._flat(text))
 
-    def encode(self, text: str) -> Encoded:
-        self._calls += 1
-        found = self._continued(text)
-        if found is None:
-            self.fell_back += 1
-            return super().encode(text)
-        if self._calls % SAMPLE == 0:
-            self._compare(text, found)
-        self._last = text, found
+    def encode_pair(self, prompt: str, target: str) -> tuple[Encoded, int | None]:
+        found = super().encode_pair(prompt, target)
+        if self._encoded > self._next_sample:
+            self._compare(prompt + target, found[0])
+            self._next_sample = self._encoded + SAMPLE * len(prompt + target)
         return found
 
-    def _continued(self, text: str) -> Encoded | None:
-        """The ids of `text`, of which only what differs from the text before is encoded.
-
-        A tokenizer cuts a text at its added tokens before anything else, from left to right, and encodes what lies
-        between on its own. Behind an added token two texts that are equal up to there, and on for as long as any added
-        token is, therefore have the same ids before and independent ids after it. (Added tokens that look around
-        themselves, or at normalised text, cut nothing here.)
-        """
-        before, known = self._last
-        assert known.starts is not None and known.ends is not None
-        shared = int(np.searchsorted(known.ends, _common(before, text) - self._reach, side="right"))
-        cuts = np.flatnonzero(self._cuts[known.ids[:shared]])
-        if not len(cuts):
-            return self._flat(text)
-        n = int(cuts[-1]) + 1
-        at = int(known.ends[n - 1])
-        rest = self._flat(text[at:])
-        if rest is None or rest.starts is None or rest.ends is None:
-            return None
-        return Encoded(
-            np.concatenate([known.ids[:n], rest.ids]), np.concatenate([known.starts[:n], rest.starts + np.int32(at)]),
-            np.concatenate([known.ends[:n], rest.ends + np.int32(at)]),
-        )
+    def _alone(self, text: str) -> Encoded:
+        self._encoded += len(text)
+        found = self._flat(text)
+        if found is None:
+            self.fell_back += 1
+            return super()._alone(text)
+        return found
 
     def _flat(self, text: str) -> Encoded | None:
         """The ids with offsets from their sizes; None where these do not add up to the text's."""
         if not text:
-            return _NOTHING
-        if any(part in text for part in self._unlike):
+            return NOTHING
+        if self._unlike and any(part in text for part in self._unlike):
             return None
-        data = text.encode()
-        plain = len(data) == len(text)
-        if not plain and self._composes and not unicodedata.is_normalized("NFC", text):
-            return None
+        plain, size = text.isascii(), len(text)
+        if not plain:
+            if self._composes and not unicodedata.is_normalized("NFC", text):
+                return None
+            data = np.frombuffer(text.encode(), np.uint8)
+            size = len(data)
         ids = np.frombuffer(self._fast.encode_batch_flat([text])[0], np.int32)
-        ends: npt.NDArray[np.int32] = np.cumsum(self._sizes[ids], dtype=np.int32)
-        if not len(ends) or ends[-1] != len(data):
+        sizes = self._sizes.take(ids)
+        ends: npt.NDArray[np.int32] = sizes.cumsum(dtype=np.int32)
+        if not len(ends) or ends[-1] != size:
             return None
-        starts = ends - self._sizes[ids]
+        starts = ends - sizes
         if not plain:  # a token that holds a part of a character counts as holding it
-            begun = np.cumsum((np.frombuffer(data, np.uint8) & 0xC0) != 0x80, dtype=np.int32)
+            begun = ((data & 0xC0) != 0x80).cumsum(dtype=np.int32)
             starts, ends = begun[starts] - np.int32(1), begun[ends - 1]
         return Encoded(ids, starts, ends)
 
     def _compare(self, text: str, found: Encoded | None) -> None:
-        wanted = super().encode(text)
+        wanted = super()._alone(text)
         if found is not None:
             pairs = ((wanted.ids, found.ids), (wanted.starts, found.starts), (wanted.ends, found.ends))
             if not all(np.array_equal(a, b) for a, b in pairs):  # type: ignore[arg-type]
@@ -177,31 +153,16 @@ def loaded_with(loaded: Loaded, encoder: str, note: Any = None) -> Loaded:
     return loaded
 
 
-def _common(a: str, b: str) -> int:
-    """How many characters two texts have in common at their beginning, or fewer."""
-    size = min(len(a), len(b))
-    if a.startswith(b[:size]):
-        return size
-    low = 0
-    while size - low > 64:  # what is lost is encoded again
-        middle = (low + size) // 2
-        if a.startswith(b[low:middle], low):
-            low = middle
-        else:
-            size = middle
-    return low
-
-
 def _not_byte_level(spec: Mapping[str, Any]) -> str:
     """Why the tokens of a tokenizer.json do not each stand for a fixed number of the text's bytes; "" if they do."""
-    steps = list(_steps(spec.get("pre_tokenizer"), "pretokenizers"))
-    if spec["model"].get("type") != "BPE" or not any(step["type"] == "ByteLevel" for step in steps):
+    split = list(steps(spec.get("pre_tokenizer")))
+    if spec["model"].get("type") != "BPE" or not any(step["type"] == "ByteLevel" for step in split):
         return "its tokens are not byte-level"
-    if any(step["type"] == "ByteLevel" and step.get("add_prefix_space") for step in steps):
+    if any(step["type"] == "ByteLevel" and step.get("add_prefix_space") for step in split):
         return "it puts a space before a text"
-    if any(step["type"] != "NFC" for step in _steps(spec.get("normalizer"), "normalizers")):
+    if any(step["type"] != "NFC" for step in steps(spec.get("normalizer"))):
         return "it normalises text"
-    behind = _steps(spec.get("post_processor"), "processors")
+    behind = steps(spec.get("post_processor"))
     if any(step["type"] == "ByteLevel" and step.get("trim_offsets") for step in behind):
         return "it trims offsets"
     return ""
@@ -214,38 +175,6 @@ def _too_large(spec: Mapping[str, Any]) -> str:
         return f"it has the id {max(ids):,}"
     late = sum(bool(token.get("normalized")) for token in spec["added_tokens"])
     return "it has too many added tokens" if late * (len(spec["added_tokens"]) - late) > MOST_PAIRS else ""
-
-
-def _overlaps(added: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Texts in which a token that is matched before normalising shares a character with one matched after it.
-
-    The reference gives the former the right of way, wherever it begins.
-    """
-    late = {token["content"] for token in added if token.get("normalized")}
-    early = {token["content"] for token in added} - late
-    if not late:
-        return []
-    heads: dict[str, list[str]] = {}
-    tails: dict[str, list[str]] = {}
-    for text in early:
-        for n in range(1, len(text)):
-            heads.setdefault(text[:n], []).append(text)
-            tails.setdefault(text[n:], []).append(text)
-    found = {text for text in late if any(other in text for other in early)}
-    found |= {other for text in late for other in early if text in other}
-    for text in late:
-        for n in range(1, len(text)):
-            found |= {text[:n] + other for other in heads.get(text[n:], ())}
-            found |= {other + text[n:] for other in tails.get(text[:n], ())}
-    return sorted(found)
-
-
-def _steps(part: Mapping[str, Any] | None, inner: str) -> Iterator[Mapping[str, Any]]:
-    if part is not None and part["type"] == "Sequence":
-        for item in part[inner]:
-            yield from _steps(item, inner)
-    elif part is not None:
-        yield part
 
 
 def _byte_sizes(spec: Mapping[str, Any]) -> npt.NDArray[np.int32]:

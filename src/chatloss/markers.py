@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from chatloss.errors import DataError, UsageError
 from chatloss.sample import Decode, Reason, Sample, Span
-from chatloss.tokens import Encoded, Tokens, boundary_is_clean
+from chatloss.tokens import Encoded, Tokens
 
 __all__ = ["MODES", "Markers", "encode_text", "responses"]
 
@@ -192,7 +192,7 @@ def encode_text(
 def _pieces(tokens: Tokens, text: str, boundaries: list[int]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
     """(ids, character where each token starts), split at those boundaries that a token would straddle."""
     joint = tokens.encode(text)
-    cuts = [at for at in boundaries if at and not boundary_is_clean(tokens.encode(text[:at]).ids, joint, at)]
+    cuts = [at for at in boundaries if at and tokens.encode_pair(text[:at], text[at:])[1] is None]
     ids: list[npt.NDArray[np.int32]] = []
     starts: list[npt.NDArray[np.int64]] = []
     for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):

@@ -54,7 +54,7 @@ def sample(
     row.leave_first()
     n = min(length, len(base.ids)) if length else len(base.ids)
     return Sample(
-        base.ids[:n], row.spans(n), dict(outcomes), rendering.conversation.source, dict(untrained), decode,
+        base.ids[:n].copy(), row.spans(n), dict(outcomes), rendering.conversation.source, dict(untrained), decode,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import numpy.typing as npt
 
 from chatloss.errors import DataError
 from chatloss.reference import Turn
-from chatloss.tokens import Ids, Tokens, boundary_is_clean
+from chatloss.tokens import Ids, Tokens
 
 __all__ = ["TurnIds", "group", "turn_ids"]
 
@@ -71,11 +72,10 @@ def turn_ids(tokens: Tokens, turn: Turn, *, apart: bool = False) -> TurnIds:
     Raises `DataError` where the ids taken apart do not decode to the text, although the joint ids do.
     """
     text = turn.prompt + turn.target
-    context, joint = tokens.encode(turn.prompt), tokens.encode(text)
-    n = len(context.ids)
-    if not apart and boundary_is_clean(context.ids, joint, len(turn.prompt)):
+    joint, n = tokens.encode_pair(turn.prompt, turn.target)
+    if n is not None and not apart:
         return TurnIds(turn, text, joint.ids, n, joint.starts, joint.ends, True, tokens)
-    target = tokens.encode_segment(turn.target)
+    context, target = tokens.encode(turn.prompt), tokens.encode_segment(turn.target)
     ids = np.concatenate([context.ids, target.ids])
     starts = _joined(context.starts, target.starts, len(turn.prompt))
     ends = _joined(context.ends, target.ends, len(turn.prompt))
@@ -84,7 +84,7 @@ def turn_ids(tokens: Tokens, turn: Turn, *, apart: bool = False) -> TurnIds:
             "the tokenizer cannot encode this answer apart from its prompt", where=f"messages[{turn.index}]",
             hint="please report this tokenizer; leave the turn out with train: false", kind="boundary",
         )
-    return TurnIds(turn, text, ids, n, starts, ends, False, tokens)
+    return TurnIds(turn, text, ids, len(context.ids), starts, ends, False, tokens)
 
 
 def _joined(
@@ -98,21 +98,51 @@ def group(turns: Sequence[TurnIds], row_format: str) -> list[list[TurnIds]]:
 
     A turn may share a row exactly if the row begins with its context ids and its target ids.
     """
+    rows = [[t] for t in turns] if row_format == "per_turn" else _shared(turns)
+    return sorted((sorted(row, key=_index) for row in rows), key=lambda row: _index(row[-1]))
+
+
+def _index(turn: TurnIds) -> int:
+    return turn.turn.index
+
+
+def _shared(turns: Sequence[TurnIds]) -> list[list[TurnIds]]:
+    """Every row is the longest turn left, and all that it begins with.
+
+    One turn begins another only if both leave the longest of all at the same place, or if it never leaves that.
+    """
+    bases = sorted(turns, key=lambda t: (len(t.ids), t.turn.index))
+    along: list[TurnIds] = []  # shortest first, as in `aside`
+    aside: dict[int, list[TurnIds]] = {}
+    leaves = {}
+    for t in bases:
+        leaves[id(t)] = place = _alike(t.ids, bases[-1].ids)
+        (along if place == len(t.ids) else aside.setdefault(place, [])).append(t)
     rows: list[list[TurnIds]] = []
-    left = sorted(turns, key=lambda t: (len(t.ids), t.turn.index))
-    while left:
-        base = left.pop()
-        members = [base]
-        if row_format != "per_turn":
-            members += [t for t in left if len(t.ids) <= base.context and _begins_with(base.ids, t)]
-            taken = {id(t) for t in members}
-            left = [t for t in left if id(t) not in taken]
-        rows.append(sorted(members, key=lambda t: t.turn.index))
-    return sorted(rows, key=lambda row: row[-1].turn.index)
+    taken: set[int] = set()
+    for base in reversed(bases):
+        if id(base) in taken:
+            continue
+        taken.add(id(base))
+        place = leaves[id(base)]
+        count = bisect_right(along, min(place, base.context), key=_length)
+        found, along = along[:count], along[count:]
+        if place < len(base.ids):
+            beside = aside[place][: bisect_right(aside[place], base.context, key=_length)]
+            found += [t for t in beside if _alike(t.ids, base.ids) == len(t.ids)]
+        members = [t for t in found if id(t) not in taken]
+        taken |= {id(t) for t in members}
+        rows.append([*members, base])
+    return rows
 
 
-def _begins_with(ids: Ids, turn: TurnIds) -> bool:
-    n = len(turn.ids)
-    # Where rows differ they mostly do at once, in the first target.
-    target = slice(turn.context, min(turn.context + 8, n))
-    return np.array_equal(ids[target], turn.ids[target]) and np.array_equal(ids[:n], turn.ids)
+def _length(turn: TurnIds) -> int:
+    return len(turn.ids)
+
+
+def _alike(a: Ids, b: Ids) -> int:
+    """How many ids two rows have in common at their beginning."""
+    n = min(len(a), len(b))
+    differs = a[:n] != b[:n]
+    at = int(differs.argmax()) if n else 0
+    return at if n and differs[at] else n

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,11 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from chatloss.cuts import hard_cuts
 from chatloss.errors import TokenizerError
 
-__all__ = ["CallableTokens", "Encoded", "FastTokens", "Tokens", "boundary_is_clean"]
+__all__ = ["NOTHING", "CallableTokens", "Encoded", "FastTokens", "Tokens"]
 
 Ids = npt.NDArray[np.int32]
+_SHORT, _MANY = 64, 4096  # so many texts of at most so many characters are kept encoded
 # Characters that hardly any token of several characters begins with.
 _ANCHORS = ("\u25c8", "\ue000", "\u00a4", "~", "=", "7")
 
@@ -29,15 +32,17 @@ class Encoded:
     ends: npt.NDArray[np.int32] | None = None
 
 
-def boundary_is_clean(context: Ids, joint: Encoded, char: int) -> bool:
-    """Whether a text's ids begin with `context`, those of its first `char` characters, and no token straddles them."""
-    n = len(context)
-    if len(joint.ids) < n or not np.array_equal(joint.ids[:n], context):
-        return False
-    if joint.starts is None or joint.ends is None or n in (0, len(joint.ids)):
-        return True
-    # Equal ids are not enough: a token such as Phi-3's <|assistant|> swallows the whitespace to its right.
-    return bool(joint.starts[n] >= char and joint.ends[n - 1] <= char)
+NOTHING = Encoded(*(np.zeros(0, np.int32) for _ in range(3)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Trunk:
+    """A text, its tokens, and where those end that may be hard cuts: after so many characters, and so many tokens."""
+
+    text: str
+    encoded: Encoded
+    chars: list[int]
+    counts: list[int]
 
 
 class Tokens(Protocol):
@@ -47,6 +52,10 @@ class Tokens(Protocol):
     """Special tokens by text."""
 
     def encode(self, text: str) -> Encoded: ...
+
+    def encode_pair(self, prompt: str, target: str) -> tuple[Encoded, int | None]:
+        """`prompt + target` encoded, and how many of the ids are those of `prompt` alone; None if these are others."""
+        ...
 
     def encode_segment(self, text: str) -> Encoded:
         """The ids of `text` where other text stands before it: no dummy prefix at its start."""
@@ -73,6 +82,12 @@ class FastTokens:
         self.special: Mapping[str, int] = {token.content: i for i, token in added.items() if token.special}
         self.added: Mapping[str, int] = {token.content: i for i, token in added.items()}
         self._added_ids = np.array(sorted(added), dtype=np.int32)
+        self._cuts = hard_cuts(self._tokenizer, added)
+        self._reach = max(map(len, self.added), default=0)
+        self._is_cut = np.zeros(max(self._cuts, default=0) + 2, bool)
+        self._is_cut[list(self._cuts)] = True
+        self._trunk = _Trunk("", NOTHING, [], [])
+        self._short: dict[str, Encoded] = {}
 
     @cached_property
     def _segments(self) -> Any:
@@ -88,11 +103,90 @@ class FastTokens:
         return "Metaspace" in steps[1:]
 
     def encode(self, text: str) -> Encoded:
+        """Ids and offsets, read-only. Of a text that begins as one before, only what differs is encoded."""
+        return self.encode_pair(text, "")[0]
+
+    def encode_pair(self, prompt: str, target: str) -> tuple[Encoded, int | None]:
+        """As `Tokens` has it; best given the longest text of a conversation first.
+
+        A tokenizer cuts a text at its added tokens before anything else, from left to right, and encodes what lies
+        between on its own. Two texts that are equal through an added token therefore have the same ids up to there and
+        independent ids behind it, unless where they part an added token may be open that begins no later. Of a text
+        that only ends sooner than the other no added token is open that the other does not have.
+        """
+        text, trunk, end = prompt + target, self._trunk, len(prompt)
+        begun = trunk.text.startswith(prompt)
+        if begun and trunk.text.startswith(target, end):
+            n, at = self._cut(trunk, len(text))
+            joint = _joined(trunk.encoded, n, at, self._rest(text, at))
+            n, at = self._cut(trunk, end)
+        else:
+            n, at = self._cut(trunk, end if begun else _common(trunk.text, text), differs=True)
+            joint = _joined(trunk.encoded, n, at, self._rest(text, at))
+            if not begun:  # else shorter prompts are the trunk's as well, and longer ones would not be this text's
+                self._trunk = trunk = _Trunk(text, _read_only(joint), *self._cut_places(joint))
+                n, at = self._cut(trunk, end)
+        return joint, self._boundary(joint, prompt, n, at)
+
+    def _cut(self, trunk: _Trunk, limit: int, *, differs: bool = False) -> tuple[int, int]:
+        """(tokens, characters) through the trunk's last hard cut up to character `limit`; (0, 0) where there is none.
+
+        `differs`: the cut is also one of texts that are like the trunk up to there and then go on in another way.
+        """
+        text, ids, starts = trunk.text, trunk.encoded.ids, trunk.encoded.starts
+        assert starts is not None
+        for i in range(bisect_right(trunk.chars, limit) - 1, -1, -1):
+            n, end = trunk.counts[i], trunk.chars[i]
+            start = int(starts[n - 1])
+            # The model may give an added token's id to other text: as the unknown token, or once it is normalised.
+            if text[start:end] != self._cuts[int(ids[n - 1])]:
+                continue
+            longer = range(limit - start, min(limit + 1, self._reach)) if differs else ()
+            if not any(text[limit - size : limit] in self._heads for size in longer):
+                return n, end
+        return 0, 0
+
+    @cached_property
+    def _heads(self) -> frozenset[str]:
+        """What added tokens begin with: an open end of a text may go on to be one of them."""
+        return frozenset(text[:size] for text in self.added for size in range(1, len(text)))
+
+    def _boundary(self, joint: Encoded, prompt: str, n: int, at: int) -> int | None:
+        """How many ids of `joint` are the prompt's, of which so many tokens and characters are known to be."""
+        assert joint.starts is not None and joint.ends is not None
+        alone = self._rest(prompt, at).ids
+        end = n + len(alone)
+        if joint.ids[n:end].tobytes() != alone.tobytes():
+            return None
+        # Equal ids are not enough: a token such as Phi-3's <|assistant|> swallows the whitespace to its right.
+        apart = end in (0, len(joint.ids)) or (joint.starts[end] >= len(prompt) >= joint.ends[end - 1])
+        return end if apart else None
+
+    def _cut_places(self, encoded: Encoded) -> tuple[list[int], list[int]]:
+        """After how many characters, and tokens, those end that may be hard cuts."""
+        assert encoded.ends is not None
+        found = self._is_cut.take(encoded.ids, mode="clip").nonzero()[0]
+        return encoded.ends[found].tolist(), (found + 1).tolist()
+
+    def _rest(self, text: str, at: int) -> Encoded:
+        """`text` from a cut on. Behind the last one there is nothing, which is less than an empty text to some."""
+        return self._piece(text[at:]) if at < len(text) or not at else NOTHING
+
+    def _piece(self, text: str) -> Encoded:
+        """What stands between two cuts. Headers come again and again."""
+        found = self._short.get(text)
+        if found is None:
+            found = self._alone(text)
+            if len(text) <= _SHORT and len(self._short) < _MANY:
+                self._short[text] = _read_only(found)
+        return found
+
+    def _alone(self, text: str) -> Encoded:
         return _encoded(self._tokenizer.encode(text, add_special_tokens=False))
 
     def encode_segment(self, text: str) -> Encoded:
         if self._segments is None:
-            return self.encode(text)
+            return self._piece(text)
         if self._prefixes_words:
             return self._behind_an_anchor(text)
         whole = _encoded(self._segments.encode(text, add_special_tokens=False))
@@ -101,24 +195,17 @@ class FastTokens:
         if not len(first) or whole.starts is None or whole.ends is None:
             return whole
         cut = int(whole.starts[first[0]])
-        rest = self.encode(text[cut:])
-        assert rest.starts is not None and rest.ends is not None
-        n = int(first[0])
-        return Encoded(
-            np.concatenate([whole.ids[:n], rest.ids]),
-            np.concatenate([whole.starts[:n], rest.starts + cut]),
-            np.concatenate([whole.ends[:n], rest.ends + cut]),
-        )
+        return _joined(whole, int(first[0]), cut, self._piece(text[cut:]))
 
     def _behind_an_anchor(self, text: str) -> Encoded:
         """`text` encoded behind a character that no token shares with it, which is then taken away."""
         for anchor in _ANCHORS:
-            before, both = self.encode(anchor).ids, self.encode(anchor + text)
-            if boundary_is_clean(before, both, len(anchor)):
+            both = self._piece(anchor + text)
+            n = self._boundary(both, anchor, 0, 0)
+            if n is not None:
                 assert both.starts is not None and both.ends is not None
-                n = len(before)
                 return Encoded(both.ids[n:], both.starts[n:] - len(anchor), both.ends[n:] - len(anchor))
-        return self.encode(text)
+        return self._piece(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
@@ -164,6 +251,10 @@ class CallableTokens:
             what = f"the tokenizer returned no list of ids: {error}"
             raise TokenizerError(what, hint="it must map a text to a list of ints") from None
 
+    def encode_pair(self, prompt: str, target: str) -> tuple[Encoded, int | None]:
+        alone, joint = self.encode(prompt).ids, self.encode(prompt + target)
+        return joint, len(alone) if np.array_equal(joint.ids[: len(alone)], alone) else None
+
     def encode_segment(self, text: str) -> Encoded:
         """`text` encoded behind an anchor, which is then taken away; a plain encoding where no anchor stands alone."""
         for anchor in ("\n", "a\n", ".", "a"):
@@ -204,6 +295,40 @@ def _encoded(encoding: Any) -> Encoded:
     if len(offsets):  # NFC and byte-split characters may step back; a token is never before its predecessor
         offsets = np.maximum.accumulate(offsets, axis=0)
     return Encoded(np.asarray(encoding.ids, dtype=np.int32), offsets[:, 0], offsets[:, 1])
+
+
+def _read_only(encoded: Encoded) -> Encoded:
+    for array in (encoded.ids, encoded.starts, encoded.ends):
+        if array is not None:
+            array.flags.writeable = False
+    return encoded
+
+
+def _joined(known: Encoded, n: int, at: int, rest: Encoded) -> Encoded:
+    """The first `n` tokens of `known`, which end at character `at`, and what follows them."""
+    assert known.starts is not None and known.ends is not None and rest.starts is not None and rest.ends is not None
+    if not n:
+        return rest
+    if not len(rest.ids):
+        return Encoded(known.ids[:n], known.starts[:n], known.ends[:n])
+    return Encoded(
+        np.concatenate([known.ids[:n], rest.ids]), np.concatenate([known.starts[:n], rest.starts + np.int32(at)]),
+        np.concatenate([known.ends[:n], rest.ends + np.int32(at)]),
+    )
+
+
+def _common(a: str, b: str) -> int:
+    """How many characters two texts have in common at their beginning, or fewer."""
+    low, size = 0, min(len(a), len(b))
+    if b.startswith(a):
+        return size
+    while size - low > 64:  # what is lost is encoded again
+        middle = (low + size) // 2
+        if a.startswith(b[low:middle], low):
+            low = middle
+        else:
+            size = middle
+    return low
 
 
 def _drop_prefix(spec: dict[str, Any]) -> bool:
