@@ -60,10 +60,10 @@ def fields_of(message: Message) -> list[Field]:
     inline, content = split_think(message.text)
     fields = []
     for reasoning in (message.reasoning, inline):
-        if reasoning and reasoning.strip():
-            fields.append(Field(Reason.REASONING, ((reasoning.strip(),),), "reasoning"))
-    if content.strip():
-        fields.append(Field(Reason.CONTENT, ((content.strip(),),), "content"))
+        if reasoning and (text := reasoning.strip()):
+            fields.append(Field(Reason.REASONING, ((text,),), "reasoning"))
+    if text := content.strip():
+        fields.append(Field(Reason.CONTENT, ((text,),), "content"))
     for i, call in enumerate(message.tool_calls):
         fields.append(Field(Reason.CALL, tuple(_call_pieces(call)), f"tool_calls[{i}]", i))
     return fields
@@ -75,7 +75,7 @@ def locate(text: Searched, fields: list[Field], start: int = 0, end: int | None 
     Calls may stand before the content: some templates write them so.
     """
     found = _locate_in_order(text, fields, start, end)
-    if isinstance(found, Missing):
+    if len(fields) > 1 and isinstance(found, Missing):
         calls_first = sorted(fields, key=lambda field: {Reason.REASONING: 0, Reason.CALL: 1}.get(field.reason, 2))
         if calls_first != fields:
             second = _locate_in_order(text, calls_first, start, end)
@@ -153,14 +153,14 @@ def _locate_in_order(text: Searched, fields: list[Field], start: int, end: int |
 
 
 def _first(text: Searched, alternatives: tuple[str, ...], start: int, end: int | None) -> tuple[int, int] | None:
-    first: tuple[int, int] | None = None
-    for piece in alternatives:
+    at, size = text.find(alternatives[0], start, end), len(alternatives[0])
+    for piece in alternatives[1:]:
         # What begins behind the first one found so far need not be found.
-        bound = end if first is None else first[0] + len(piece)
-        at = text.find(piece, start, bound if end is None or bound is None else min(bound, end))
-        if at >= 0 and (first is None or (at, at + len(piece)) < first):
-            first = at, at + len(piece)
-    return first
+        bound = end if at < 0 else at + len(piece)
+        other = text.find(piece, start, bound if end is None or bound is None else min(bound, end))
+        if other >= 0 and (at < 0 or (other, len(piece)) < (at, size)):
+            at, size = other, len(piece)
+    return (at, at + size) if at >= 0 else None
 
 
 def _call_pieces(call: ToolCall) -> Iterator[tuple[str, ...]]:

@@ -17,6 +17,9 @@ from chatloss.sample import Decode, Reason, Sample, Span
 
 __all__ = ["Painting", "sample"]
 
+# What a token has: message, weight, reason; and a run of such tokens by its first.
+Value = tuple[int, float, Reason]
+Run = tuple[int, Value]
 _FIELDS = (Reason.CONTENT, Reason.REASONING, Reason.CALL)
 
 
@@ -34,14 +37,17 @@ def sample(
     shown = [(i, standing(rendering, i, base.turn)) for i in unlawful if i < base.turn.index]
     # Where a member's offsets are those of the base, one look tells the tokens of all their characters.
     apart = {id(member) for member in members if not _same_target(member, base)}
-    chars = [char for member, made in strokes if id(member) not in apart for stroke in made for char in stroke[:2]]
-    chars += [begun, *(char for _, found in shown for place in found for char in place[:2])]
-    at, over = base.where(chars)
+    chars = [begun, *(char for _, found in shown for place in found for char in place[:2])]
+    for member, made in strokes:
+        if id(member) not in apart:
+            chars += _edges(made)
+    at, over = (dict(zip(chars, tokens, strict=True)) for tokens in base.tokens_at(chars))
     if known:
         row.paint(at[begun], base.context, message=base.turn.index, weight=0.0, reason=Reason.GENERATION_PROMPT)
     for member, made in strokes:
         if id(member) in apart:
-            _paint(row, member, made, *member.where([char for stroke in made for char in stroke[:2]]))
+            chars = _edges(made)
+            _paint(row, member, made, *(dict(zip(chars, tokens, strict=True)) for tokens in member.tokens_at(chars)))
         else:
             _paint(row, member, made, at, over)
     for i, found in shown:  # unlawful = "keep": trained as it stands here, although inference never shows it so
@@ -76,21 +82,32 @@ class _Trunk:
         places, kept = self._places.of(base.turn, base.text)
         if kept < self._painted or status != self._status or not self._same_tokens(base):
             self._start_again()
+        elif self._painted:  # there is another row: what is painted by now is worth keeping as spans
+            self._painting.close()
         new = places[self._painted :]
-        chars = [0]
-        for place in new:
-            chars += [place.start, place.end, *place.supplied]
-            for start, end, _ in place.fields:
-                chars += start, end
-        at, over = base.where(chars)
-        for i, place in enumerate(new, self._painted):
-            self._painting.paint(at[place.start], at[place.end], message=i)
-            for start, end, _ in place.fields:
-                self._painting.paint(over[start], at[end], reason=_why_not(self._messages[i], i, status, policy))
-            start, end = place.supplied
-            self._painting.paint(at[start], at[end], reason=Reason.GENERATION_PROMPT)
+        chars = [places[self._painted - 1].end if self._painted else 0]
+        for end, fields, supplied in new:
+            chars.append(end)
+            for a, b, _ in fields:
+                chars += a, b
+            if supplied is not None:
+                chars += supplied
+        at, over = base.tokens_at(chars)
+        self._reach = max(self._reach, max(at), max(over))
+        first, k = at[0], 1
+        for i, (_, fields, supplied) in enumerate(new, self._painted):
+            last, k = at[k], k + 1
+            value = i, 0.0, _why_not(self._messages[i], i, status, policy)
+            parts = []
+            for _ in fields:
+                parts.append((over[k], at[k + 1], value))
+                k += 2
+            if supplied is not None:
+                parts.append((at[k], at[k + 1], (i, 0.0, Reason.GENERATION_PROMPT)))
+                k += 2
+            self._painting.put_behind(first, last, (i, 0.0, Reason.SCAFFOLD), parts)
+            first = last
         self._painted, self._status, self._base = len(places), status, base
-        self._reach = max(self._reach, *at.values(), *over.values())
         return self._painting.copy()
 
     def _same_tokens(self, base: TurnIds) -> bool:
@@ -125,37 +142,62 @@ _STATUS = {
 }
 
 
-# (start, end, whether a token that holds any of it counts, reason or None, weight)
-_Stroke = tuple[int, int, bool, Reason | None, float]
+# (start, end, reason or None, weight) in characters of a turn's text
+_Stroke = tuple[int, int, Reason | None, float]
 
 
 def _strokes(member: TurnIds, data: Message, policy: Policy) -> list[_Stroke]:
-    """What to paint over a turn's target, by characters of its text, in this order."""
-    at, spans = len(member.turn.prompt), member.turn.spans[::-1]
-    strokes: list[_Stroke] = [
-        (at + a, at + b, False, why, _weight(why, data, policy)) for a, b, why in spans if why not in _FIELDS
-    ]
-    # A token that holds any of a field is the field's, and of two fields the first one's.
-    strokes += [(at + a, at + b, True, why, _weight(why, data, policy)) for a, b, why in spans if why in _FIELDS]
+    """What to paint over a turn's target: its spans, then what patterns match in its fields."""
+    at = len(member.turn.prompt)
+    strokes: list[_Stroke] = [(at + a, at + b, why, _weight(why, data, policy)) for a, b, why in member.turn.spans]
     for pattern, factor in policy.spans:
-        for a, b, why in member.turn.spans:
+        for a, b, why, _ in strokes[: len(member.turn.spans)]:
             if why in _FIELDS:
-                found = re.finditer(pattern, member.text[at + a : at + b])
-                weight = _float32(factor)
-                strokes += [(at + a + m.start(), at + a + m.end(), True, None, weight) for m in found if m[0]]
+                found, weight = re.finditer(pattern, member.text[a:b]), _float32(factor)
+                strokes += [(a + m.start(), a + m.end(), None, weight) for m in found if m[0]]
     return strokes
+
+
+def _edges(strokes: Sequence[_Stroke]) -> list[int]:
+    return [stroke[0] for stroke in strokes] + [stroke[1] for stroke in strokes]
 
 
 def _paint(
     row: Painting, member: TurnIds, strokes: Sequence[_Stroke], at: Mapping[int, int], over: Mapping[int, int]
 ) -> None:
     """Write a turn's targets into the row."""
-    first, end = member.context, len(member.ids)
-    row.paint(first, end, message=member.turn.index)
-    for a, b, holds, why, weight in strokes:
-        start = max((over if holds else at)[a], first)
-        row.paint(start, min(at[b], end), message=member.turn.index, weight=weight, reason=why)
+    first, end, index = member.context, len(member.ids), member.turn.index
+    runs = _in_line(member, strokes, at, over)
+    if runs is not None:
+        row.put(runs, end)
+        return
+    row.paint(first, end, message=index)
+    rest = [stroke for stroke in strokes if stroke[2] is not None and stroke[2] not in _FIELDS]
+    # A token that holds any of a field is the field's, and of two fields the first one's.
+    fields = [stroke for stroke in reversed(strokes) if stroke[2] in _FIELDS]
+    matched = [stroke for stroke in strokes if stroke[2] is None]
+    for a, b, why, weight in (*rest, *fields, *matched):
+        start = max(at[a] if why is not None and why not in _FIELDS else over[a], first)
+        row.paint(start, min(at[b], end), message=index, weight=weight, reason=why)
     row.switch_off(first, end)
+
+
+def _in_line(
+    member: TurnIds, strokes: Sequence[_Stroke], at: Mapping[int, int], over: Mapping[int, int]
+) -> list[Run] | None:
+    """The runs that painting the strokes of a turn gives, where each begins behind the one before; else None."""
+    runs: list[Run] = []
+    edge, end, token, within = len(member.turn.prompt), len(member.ids), member.context, False
+    for a, b, why, weight in strokes:
+        field = why in _FIELDS
+        start = over[a] if field and not within else at[a]
+        if why is None or a != edge or not token <= start <= min(at[a], end):
+            return None
+        if runs and runs[-1][0] == start:
+            runs.pop()
+        runs.append((start, (member.turn.index, weight, why if weight else Reason.SWITCHED_OFF)))
+        edge, token, within = b, start, field
+    return runs if runs and runs[0][0] == member.context < end and token < end <= at[edge] else None
 
 
 _PARTS = {Reason.REASONING: "reasoning", Reason.CONTENT: "content", Reason.CALL: "calls"}
@@ -188,12 +230,11 @@ class Painting:
 
     def __init__(self) -> None:
         self._starts = [0]
-        self._values = [(-1, 0.0, Reason.SCAFFOLD)]
+        self._values: list[Value] = [(-1, 0.0, Reason.SCAFFOLD)]
         self._spans: list[Span] = []  # those of the first runs, as far as they are final
 
     def copy(self) -> Painting:
         made = Painting.__new__(Painting)
-        self._close()
         made._starts, made._values, made._spans = self._starts[:], self._values[:], self._spans[:]
         return made
 
@@ -206,15 +247,38 @@ class Painting:
             return
         a, b = self._cut(first), self._cut(last)
         del self._spans[max(a - 1, 0) :]
-        if message is not None and reason is not None and weight is not None:
-            self._starts[a:b], self._values[a:b] = [first], [(message, weight, reason)]
-            return
         for k in range(a, b):
             value = self._values[k]
             self._values[k] = (
                 value[0] if message is None else message, value[1] if weight is None else weight,
                 value[2] if reason is None else reason,
             )
+
+    def put(self, runs: Sequence[Run], last: int) -> None:
+        """Set everything for the tokens of `runs`, the last of which ends before token `last`."""
+        a, b = self._cut(runs[0][0]), self._cut(last)
+        del self._spans[max(a - 1, 0) :]
+        self._starts[a:b], self._values[a:b] = [start for start, _ in runs], [value for _, value in runs]
+
+    def put_behind(self, first: int, last: int, value: Value, parts: Sequence[tuple[int, int, Value]]) -> None:
+        """Set the message for tokens [first, last), and then the reason for each of `parts`, (first, last, value)."""
+        runs, at = [(first, value)], first
+        for a, b, part in sorted(parts):
+            if a < b:
+                if a < at or b > last:
+                    break
+                if a == runs[-1][0]:
+                    runs.pop()
+                runs += (a, part), (b, value)
+                at = b
+        else:  # the usual: nothing is painted twice, and nothing has been before
+            if first >= self._starts[-1]:
+                if first < last:
+                    self.put(runs if runs[-1][0] < last else runs[:-1], last)
+                return
+        self.paint(first, last, message=value[0])
+        for a, b, part in parts:
+            self.paint(a, b, reason=part[2])
 
     def switch_off(self, first: int, last: int) -> None:
         """Tokens of [first, last) that weigh nothing get the reason for that."""
@@ -236,20 +300,21 @@ class Painting:
         """The spans of the first `length` tokens; the painting ends there."""
         size = bisect_left(self._starts, length)
         del self._starts[size:], self._values[size:], self._spans[max(size - 1, 0) :]
-        self._close()
+        self.close()
         if self._starts:
             self._spans.append(Span(self._starts[-1], length, *self._values[-1]))
         return tuple(self._spans)
 
     def _cut(self, at: int) -> int:
         """The index of the run that starts at `at`."""
-        k = bisect_left(self._starts, at)
-        if k == len(self._starts) or self._starts[k] != at:
-            self._starts.insert(k, at)
+        starts = self._starts
+        k = bisect_left(starts, at) if at < starts[-1] else len(starts) - (at == starts[-1])
+        if k == len(starts) or starts[k] != at:
+            starts.insert(k, at)
             self._values.insert(k, self._values[k - 1])
         return k
 
-    def _close(self) -> None:
+    def close(self) -> None:
         """Join equal runs, and make the spans of all runs but the last, whose end is open."""
         done = len(self._spans)
         starts, values = self._starts[done:done + 1], self._values[done:done + 1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from chatloss.fields import SHORT, Field, Located, Missing, common_prefix, locate, present
 from chatloss.reference import Rendering, Turn, View
@@ -13,14 +13,15 @@ from chatloss.template import control_texts
 __all__ = ["Place", "Places", "standing"]
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A message in a text: [start, end) is its own, with `fields`; `supplied` is its generation prompt (characters)."""
+class Place(NamedTuple):
+    """A message in a text: what is behind the one before, up to `end`, with `fields` in it (characters).
 
-    start: int
+    `supplied` is the generation prompt before it.
+    """
+
     end: int
     fields: Located
-    supplied: tuple[int, int]
+    supplied: tuple[int, int] | None
 
 
 class Places:
@@ -57,26 +58,28 @@ class Places:
 
     def _add(self, i: int, prompt: str, text: str) -> None:
         rendering, start = self._rendering, self._places[-1].end if self._places else 0
-        fields, seen = rendering.fields[i], _Seen(prompt, self._reaches[-1] if self._reaches else 0)
+        reach = self._reaches[-1] if self._reaches else 0
         prefix = rendering.text(i + 1)
         if prefix is not None and prompt.startswith(prefix):
             end = len(prefix)
         else:
-            end = _end_by_text(rendering, seen, start, i, prefix)
-        end = max(start, min(end, len(prompt)))
+            seen = _Seen(prompt, reach)
+            end, reach = min(_end_by_text(rendering, seen, start, i, prefix), len(prompt)), seen.reach
+            if seen.absent:
+                self._absent.append((i, seen.absent))
+        end = max(start, end)
+        fields, supplied = rendering.fields[i], None
         found = locate(prompt, fields, start, end)
         if isinstance(found, Missing):
             found = present(prompt, fields, start, end)
-        before, plain, supplied = rendering.prompt(i), rendering.text(i), (0, 0)
-        if before is not None and plain is not None and before != plain:
-            seen.to(len(before))
-            if text.startswith(before):
-                supplied = len(plain), len(before)
-        seen.to(end)
-        self._places.append(Place(start, end, found, supplied))
-        self._reaches.append(seen.reach)
-        if seen.absent:
-            self._absent.append((i, seen.absent))
+        if rendering.conversation.messages[i].role == "assistant":
+            before, plain = rendering.prompt(i), rendering.text(i)
+            if before is not None and plain is not None and before != plain:
+                reach = max(reach, len(before))
+                if text.startswith(before):
+                    supplied = len(plain), len(before)
+        self._places.append(Place(end, found, supplied))
+        self._reaches.append(max(reach, end))
 
 
 class _Seen:

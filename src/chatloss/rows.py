@@ -36,15 +36,15 @@ class TurnIds:
     joined: bool
     tokens: Tokens
 
-    def where(self, chars: Sequence[int]) -> tuple[dict[int, int], dict[int, int]]:
+    def tokens_at(self, chars: Sequence[int]) -> tuple[list[int], list[int]]:
         """For each of `chars` the first token that starts at or after it, and the first that holds any of it."""
         if self.starts is None or self.ends is None:
-            found = {char: self._search(char) for char in set(chars)}
-            over = {char: at if start == char else max(at - 1, 0) for char, (at, start) in found.items()}
-            return {char: at for char, (at, _) in found.items()}, over
+            known = {char: self._search(char) for char in set(chars)}
+            found = [(token, token if start == char else max(token - 1, 0)) for char in chars
+                     for token, start in [known[char]]]
+            return [token for token, _ in found], [token for _, token in found]
         wanted = np.array(chars, self.starts.dtype)
-        at, holds = self.starts.searchsorted(wanted), self.ends.searchsorted(wanted, "right")
-        return dict(zip(chars, at.tolist(), strict=True)), dict(zip(chars, holds.tolist(), strict=True))
+        return self.starts.searchsorted(wanted).tolist(), self.ends.searchsorted(wanted, "right").tolist()
 
     def _search(self, char: int) -> tuple[int, int]:
         """(first token that starts at or after `char`, where it starts), without offsets.
