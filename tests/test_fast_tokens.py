@@ -24,6 +24,7 @@ from chatloss.fast_tokens import FlatTokens, Unequal, loaded_with
 from chatloss.load import load_tokenizer
 from chatloss.policy import Policy
 from chatloss.prepare import Job, prepare
+from chatloss.remembered import cache_directory
 from chatloss.tokens import CallableTokens, FastTokens
 from tests import assets
 from tests.test_encode_property import CLOCK, PIECES, messages
@@ -31,6 +32,11 @@ from tests.test_encode_property import CLOCK, PIECES, messages
 SLOW = ("qwen2.5", "qwen3.5", "llama4", "gpt-oss", "deepseek-v3", "tekken")
 BYTE_LEVEL = ("qwen3", "llama3", "smollm2", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW))
 OTHER = tuple(name for name in assets.FAST_TIER if name.startswith(("mistral", "gemma")))
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHATLOSS_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @cache
@@ -223,3 +229,80 @@ def test_prepared_bytes_are_the_same_with_either_encoder(tmp_path: Path) -> None
 
 def test_unequal_tells_the_text() -> None:
     assert "'abc'" in str(Unequal("abc")) and isinstance(Tokenizer, type)
+
+
+# -- the check at load --
+
+
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts that are compared from now on."""
+    seen: list[str] = []
+    compare = FlatTokens._compare
+
+    def seeing(self: FlatTokens, text: str, found: Any) -> None:
+        seen.append(text)
+        compare(self, text, found)
+
+    monkeypatch.setattr(FlatTokens, "_compare", seeing)
+    return seen
+
+
+def demo() -> FlatTokens:
+    tokens = loaded_with(load_tokenizer(tokenizer_directory()), "fast").tokens
+    assert isinstance(tokens, FlatTokens)
+    return tokens
+
+
+def test_a_tokenizer_is_checked_once_and_again_when_anything_it_depends_on_has_changed(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = checks(monkeypatch)
+    demo()
+    assert len(seen) > len(fast_tokens.TEXTS)
+    seen.clear()
+    demo()
+    assert not seen
+    for change in ("chatloss", "fastokens", "tokenizers"):
+        with monkeypatch.context() as later:
+            later.setattr(fast_tokens, "version", lambda name, change=change: "0" if name == change else "1")
+            demo()
+            assert seen
+            seen.clear()
+    FlatTokens(with_added(("<new>", False)))
+    assert seen
+
+
+@pytest.mark.parametrize("content", ["", "[", "null", "[]", '{"tokenizer": "another"}', "\x00"])
+def test_a_record_that_cannot_be_read_is_none(content: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    demo()
+    (record,) = (cache_directory() / "equal").iterdir()
+    record.write_text(content)
+    seen = checks(monkeypatch)
+    demo()
+    assert seen and json.loads(record.read_text())["fastokens"]
+
+
+def test_without_a_place_to_write_it_is_checked_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CHATLOSS_CACHE", str(tmp_path / "file" / "below"))
+    seen = checks(monkeypatch)
+    demo()
+    demo()
+    assert len(seen) == 2 * len(set(seen))
+
+
+def test_a_difference_is_not_remembered_as_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_tokens, "FlatTokens", Wrong)
+    for _ in range(2):
+        with pytest.raises(TokenizerError, match="differs"):
+            loaded_with(load_tokenizer(tokenizer_directory()), "fast")
+    assert not list(cache_directory().rglob("*.json"))
+
+
+def test_the_cache_is_where_the_user_or_the_platform_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CHATLOSS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert cache_directory() == Path("/somewhere/chatloss")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("LOCALAPPDATA", raising=False)
+    assert cache_directory().is_relative_to(Path.home())

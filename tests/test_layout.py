@@ -18,8 +18,8 @@ PACKAGE = Path(chatloss.__file__).parent
 ORDER = [
     "errors", "values", "chat", "sample", "policy", "formats", "streams", "tables", "folders", "reader", "meter",
     "sandbox", "varied", "worlds", "traced_code", "traced", "template", "fields", "reference", "places", "cuts",
-    "tokens", "load", "fast_tokens", "rows", "paint", "window", "encode", "markers", "pairs", "pipeline", "reduction",
-    "pack", "batch", "manifest", "columns", "dataset", "shards", "prepare", "cluster",
+    "tokens", "load", "remembered", "fast_tokens", "rows", "paint", "window", "encode", "markers", "pairs", "pipeline",
+    "reduction", "pack", "batch", "manifest", "columns", "dataset", "shards", "prepare", "cluster",
     # torch starts here
     "loss", "config", "parallel", "step", "attention", "models", "checkpoint", "log", "evaluate", "objective",
     "answers", "references", "preference", "kto", "objectives", "trainer", "verify",

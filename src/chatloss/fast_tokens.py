@@ -3,16 +3,18 @@
 It tells no offsets. Those of a byte-level tokenizer follow from its ids, because each token stands for a fixed number
 of bytes. Where that does not hold (a token that swallows whitespace, text that the normaliser changes), and where added
 tokens overlap that it looks for in another order, the reference encodes the text. Equality is checked when a tokenizer
-is loaded, over texts that hold its own added tokens, and on a sample of everything that is encoded later: the first
-difference ends its use.
+is loaded for the first time, over texts that hold its own added tokens, and on a sample of everything that is encoded
+later: the first difference ends its use.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ import numpy.typing as npt
 from chatloss.cuts import overlaps, steps
 from chatloss.errors import TokenizerError, UsageError
 from chatloss.load import Loaded
+from chatloss.remembered import remember, remembered
 from chatloss.tokens import NOTHING, Encoded, FastTokens
 
 __all__ = ["ENCODERS", "FlatTokens", "Unequal", "loaded_with"]
@@ -79,8 +82,11 @@ class FlatTokens(FastTokens):
         late = {token["content"] for token in spec["added_tokens"] if token.get("normalized")}
         self._unlike = overlaps(set(self.added) - late, late)
         self._encoded = self._next_sample = self.fell_back = 0
-        for text in _texts(self.added):
-            self._compare(text, self._flat(text))
+        fact = _checked(serialised, [*_texts(self.added)])
+        if not remembered("equal", fact):
+            for text in _texts(self.added):
+                self._compare(text, self._flat(text))
+            remember("equal", fact)
 
     def encode_pair(self, prompt: str, target: str) -> tuple[Encoded, int | None]:
         found = super().encode_pair(prompt, target)
@@ -151,6 +157,13 @@ def loaded_with(loaded: Loaded, encoder: str, note: Any = None) -> Loaded:
     if note is not None:
         note(f"encoding with the reference: {refusal.what}")
     return loaded
+
+
+def _checked(serialised: str, texts: Sequence[str]) -> dict[str, str]:
+    """What a check of a tokenizer depends on."""
+    fact = {name: version(name) for name in ("chatloss", "fastokens", "tokenizers")}
+    shown = {"tokenizer": serialised, "texts": "\0".join(texts)}
+    return fact | {name: hashlib.sha256(text.encode()).hexdigest() for name, text in shown.items()}
 
 
 def _not_byte_level(spec: Mapping[str, Any]) -> str:

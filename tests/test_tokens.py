@@ -1,0 +1,230 @@
+"""The reference encoder goes on from the text before: the ids and offsets are those of each text encoded alone."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from chatloss.chat import Conversation
+from chatloss.cuts import hard_cuts
+from chatloss.demo import tokenizer_directory
+from chatloss.encode import ChatEncoder
+from chatloss.load import load_tokenizer
+from chatloss.policy import Policy
+from chatloss.reference import Turn
+from chatloss.rows import TurnIds, group, turn_ids
+from chatloss.tokens import CallableTokens, Encoded, FastTokens
+from tests import assets
+
+SLOW = ("qwen2.5", "qwen3.5", "llama4", "gpt-oss", "deepseek-v3", "tekken")
+MORE = [name for name in SLOW if name not in assets.FAST_TIER]
+FAST = [*assets.FAST_TIER, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
+PLAIN = [*"abc<>|\n \t", "hello", "  two", "你好", "🙂", "<|", "\u00a0",
+         "e\u0301", "\u0301", "ﬁ", "１２", "assistant\n", "\n\n", "▁"]
+
+
+@cache
+def tokens(name: str) -> FastTokens:
+    found = load_tokenizer(tokenizer_directory() if name == "demo" else assets.tokenizer_dir(name)).tokens
+    assert isinstance(found, FastTokens)
+    return found
+
+
+def assert_same(wanted: Encoded, found: Encoded, text: str) -> None:
+    for a, b in ((wanted.ids, found.ids), (wanted.starts, found.starts), (wanted.ends, found.ends)):
+        assert a is not None and b is not None and b.dtype == np.int32 and np.array_equal(a, b), text
+
+
+def alone(own: FastTokens, prompt: str, target: str) -> tuple[Encoded, int | None]:
+    """The pair by definition: both texts from scratch, and no token over the boundary."""
+    joint, ids = own._alone(prompt + target), own._alone(prompt).ids
+    n = len(ids)
+    assert joint.starts is not None and joint.ends is not None
+    apart = n in (0, len(joint.ids)) or (
+        len(joint.ids) > n and joint.starts[n] >= len(prompt) and joint.ends[n - 1] <= len(prompt)
+    )
+    return joint, n if np.array_equal(joint.ids[:n], ids) and apart else None
+
+
+def assert_pair(own: FastTokens, prompt: str, target: str) -> None:
+    found, wanted = own.encode_pair(prompt, target), alone(own, prompt, target)
+    assert_same(wanted[0], found[0], prompt + target)
+    assert found[1] == wanted[1], (prompt, target)
+
+
+def walk(own: FastTokens, data: st.DataObject, pieces: st.SearchStrategy[str]) -> None:
+    """Texts that begin like each other, longer and shorter, cut anywhere."""
+    text = ""
+    for _ in range(data.draw(st.integers(1, 6))):
+        text = text[: data.draw(st.integers(0, len(text)))] + "".join(data.draw(st.lists(pieces, max_size=8)))
+        at = data.draw(st.integers(0, len(text)))
+        assert_pair(own, text[:at], text[at:])
+
+
+@pytest.mark.parametrize("name", FAST)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_text_that_goes_on_from_another_is_encoded_as_on_its_own(name: str, data: st.DataObject) -> None:
+    own = tokens(name)
+    names = list(own.added)
+    added = st.sampled_from(names[:40] + names[-8:] or ["x"])
+    walk(own, data, st.one_of(added, added.map(lambda text: text[: len(text) // 2]), st.sampled_from(PLAIN)))
+
+
+CUTTING = ("qwen3", "llama3", "smollm2", "demo")
+
+
+@pytest.mark.parametrize("name", CUTTING)
+def test_the_usual_tokenizers_cut_hard(name: str) -> None:
+    assert tokens(name)._cuts
+
+
+def with_added(*added: tuple[str, bool], **more: bool) -> FastTokens:
+    """The demonstration's tokenizer with more added tokens, (text, whether it is matched after normalising) each."""
+    spec = json.loads((tokenizer_directory() / "tokenizer.json").read_text("utf-8"))
+    size = max(spec["model"]["vocab"].values()) + 1000
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "special": True, **more}
+    for i, (token, normalized) in enumerate(added):
+        spec["added_tokens"].append({"id": size + i, "content": token, "normalized": normalized, **plain})
+    return FastTokens(Tokenizer.from_str(json.dumps(spec)))
+
+
+@cache
+def nested() -> FastTokens:
+    return with_added(*((token, False) for token in ("<a>", "<a><b>c", "<b>", "b><", "ab", "abcabc")))
+
+
+@cache
+def late() -> FastTokens:
+    return with_added(("<a>", False), ("<a><b>", False), *((token, True) for token in ("cc", "ccd|", "~")))
+
+
+@cache
+def late_and_overlapping() -> FastTokens:
+    return with_added(("<b>", False), ("b><", False), ("<xab>", False), ("ab<", True), ("><", True))
+
+
+@pytest.mark.parametrize("own", [nested, late, late_and_overlapping])
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_added_tokens_that_begin_hold_and_overlap_each_other(own: object, data: st.DataObject) -> None:
+    assert callable(own)
+    pieces = ["<a>", "<b>", "<a><b>", "c", "b><", "ab", "abc", "x", "<", ">", "<xab", "cc", "d|", "cd", "~", " ", "ccd"]
+    walk(own(), data, st.sampled_from(pieces))
+
+
+def test_tokens_matched_late_are_cuts_only_where_they_overlap_none_and_nothing_is_normalised() -> None:
+    assert "cc" in late()._cuts.values()
+    assert set(late_and_overlapping()._cuts.values()).isdisjoint({"ab<", "><"})
+
+
+def small(**parts: object) -> Tokenizer:
+    """A tokenizer of words, with an added token for the unknown."""
+    vocab = {"<unk>": 0, "<s>": 1, "a": 2, "b": 3, "▁a": 4, "▁b": 5, "▁": 6}
+    made = Tokenizer(models.WordPiece(vocab, unk_token="<unk>", continuing_subword_prefix=""))
+    for name, part in parts.items():
+        setattr(made, name, part)
+    made.add_special_tokens([AddedToken("<unk>", normalized=False), AddedToken("<s>", normalized=False)])
+    return made
+
+
+@pytest.mark.parametrize("parts", [
+    {"pre_tokenizer": pre_tokenizers.Whitespace()},
+    {"normalizer": normalizers.NFKC(), "pre_tokenizer": pre_tokenizers.Whitespace()},
+    {"normalizer": normalizers.Sequence([normalizers.Strip(), normalizers.Prepend("▁")])},
+    {"pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme="always")},
+    {"pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme="first")},
+    {"post_processor": processors.ByteLevel(trim_offsets=True), "pre_tokenizer": pre_tokenizers.ByteLevel()},
+], ids=["words", "nfkc", "prepend", "always", "first", "trim"])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_unknown_words_and_normalised_text_are_no_cuts(parts: dict[str, object], data: st.DataObject) -> None:
+    own = FastTokens(small(**parts))
+    walk(own, data, st.sampled_from(["<unk>", "<s>", "a", "b", " ", "zz", "＜s＞", "<", "s>", "▁", "ａ"]))
+
+
+@pytest.mark.parametrize("parts", [
+    {"pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme="first")},
+    {"post_processor": processors.ByteLevel(trim_offsets=True)},
+], ids=["first", "trim"])
+def test_what_looks_at_the_whole_text_cuts_nowhere(parts: dict[str, object]) -> None:
+    made = small(**parts)
+    assert not hard_cuts(made, made.get_added_tokens_decoder())
+
+
+@pytest.mark.parametrize("name", ["lstrip", "rstrip", "single_word"])
+def test_added_tokens_that_look_around_themselves_cut_nothing(name: str) -> None:
+    assert not with_added(("<a>", False), **{name: True})._cuts
+
+
+def test_kept_ids_cannot_be_written_to_and_rows_are_their_own() -> None:
+    own = tokens("demo")
+    text = "<|im_start|>user\nHi<|im_end|>\n"
+    found = own.encode(text)
+    with pytest.raises(ValueError, match="read-only"):
+        found.ids[0] = 0
+    (row,) = ChatEncoder.load(tokenizer_directory()).encode(
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    )
+    row.input_ids[:] = 0
+    assert_same(own._alone(text), own.encode(text), text)
+
+
+def test_each_answer_of_a_long_chat_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = 0
+    one = FastTokens._alone
+
+    def counted(self: FastTokens, text: str) -> Encoded:
+        nonlocal encoded
+        encoded += len(text)
+        return one(self, text)
+
+    monkeypatch.setattr(FastTokens, "_alone", counted)
+    encoder = ChatEncoder.load(tokenizer_directory())
+    messages = [{"role": ("user", "assistant")[i % 2], "content": f"number {i} " * 20} for i in range(60)]
+    (row,) = encoder.encode(messages)
+    encoded = 0
+    encoder.examine(Conversation.from_messages(messages))
+    assert encoded < 1.1 * len(encoder.decode(row.input_ids))
+
+
+# -- which turns share a row --
+
+
+def turn(index: int, ids: list[int], context: int) -> TurnIds:
+    made = np.array(ids, np.int32)
+    return TurnIds(Turn(index, "reachable"), "", made, context, None, None, True, CallableTokens(list))
+
+
+def by_definition(turns: list[TurnIds]) -> list[list[int]]:
+    rows, left = [], sorted(turns, key=lambda t: (len(t.ids), t.turn.index))
+    while left:
+        base = left.pop()
+        members = [t for t in left if len(t.ids) <= base.context and base.ids[: len(t.ids)].tolist() == t.ids.tolist()]
+        left = [t for t in left if t not in members]
+        rows.append(sorted(t.turn.index for t in [*members, base]))
+    return sorted(rows, key=lambda row: row[-1])
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(0, 1), max_size=6), st.integers(0, 6)), max_size=8))
+@example([([0, 1], 0), ([0, 1], 2), ([0, 1, 1], 2)])
+def test_rows_are_the_longest_turns_with_all_that_they_begin_with(made: list[tuple[list[int], int]]) -> None:
+    turns = [turn(i, ids, min(context, len(ids))) for i, (ids, context) in enumerate(made)]
+    assert [[t.turn.index for t in row] for row in group(turns, "auto")] == by_definition(turns)
+    assert [[t.turn.index for t in row] for row in group(turns, "per_turn")] == [[t.turn.index] for t in turns]
+
+
+def test_a_turn_alone_is_encoded_as_among_others() -> None:
+    encoder = ChatEncoder.load(tokenizer_directory(), policy=Policy(control_tokens="parity"))
+    chat = Conversation.from_messages([{"role": ("user", "assistant")[i % 2], "content": f"x {i}"} for i in range(6)])
+    turns = encoder.examine(chat).turns
+    for t in turns:
+        fresh = turn_ids(load_tokenizer(tokenizer_directory()).tokens, t)
+        used = turn_ids(encoder.tokens, t)
+        assert used.ids.tolist() == fresh.ids.tolist() and used.context == fresh.context
