@@ -6,6 +6,7 @@ after it, and the manifest last of all.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache, partial
@@ -98,7 +100,10 @@ class Job:
     def encoder(self, loaded: Loaded | None = None, note: Callable[[str], None] | None = None) -> ChatEncoder:
         """The encoder; `loaded` saves reading the tokenizer again. `note` is told why "auto" is the reference."""
         now = datetime.fromisoformat(self.clock) if self.clock else None
-        loaded = loaded_with(loaded or load_tokenizer(self.tokenizer), self.backend, note)
+        loaded = loaded or load_tokenizer(self.tokenizer)
+        _give_back()
+        loaded = loaded_with(loaded, self.backend, note)
+        _give_back()
         return ChatEncoder.load(
             loaded, self.chat_template, self.policy, template_kwargs=self.template_kwargs,
             clock=(lambda: now) if now else datetime.now,
@@ -115,6 +120,13 @@ class Job:
             "markers": None if self.markers is None else asdict(self.markers),
             "export": self.export,
         }
+
+
+def _give_back() -> None:
+    """Return free memory to the system: a tokenizer takes four times as much to load as to keep. Only glibc hoards it.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def run_shard(job: Job, encoder: ChatEncoder, shard: Shard, folder: Folder) -> Counts:
@@ -196,15 +208,23 @@ def prepare(
     run = runner or (partial(_in_processes, workers=workers) if workers > 1 else None)
     told = progress(total_bytes if all(one.lines for one in inputs) else 0) if progress else None
     note = note or (lambda text: None)
-    encoder = job.encoder(encoder.loaded, note)
+    here: ChatEncoder | None = None
+    if run is None or job.backend == "auto":  # which is settled, and told, once
+        here = job.encoder(encoder.loaded, note)
+        job = replace(job, backend="fast" if isinstance(here.tokens, FlatTokens) else "reference")
+    if run is not None:
+        here = None  # workers have their own
+    del encoder
+    _give_back()
     try:
-        total, n = _all(shards_of(inputs, size), job, encoder, folder, run, told)
+        total, n = _all(shards_of(inputs, size), job, here, folder, run, told)
     except Unequal as error:
         note(f"{error}: encoding all of it with the reference")
         write_json(folder, UNEQUAL, {"text": error.text})
         _forget_fast(folder)
         job = replace(job, backend="reference")
-        total, n = _all(shards_of(inputs, size), job, job.encoder(), folder, run, told)
+        here = job.encoder() if run is None else None
+        total, n = _all(shards_of(inputs, size), job, here, folder, run, told)
     check_unchanged(inputs, known)
     return _finish(folder, {**about, "clock": clock}, total, n, max_rejects)
 
@@ -288,7 +308,8 @@ def _forget_fast(folder: Folder) -> None:
 
 
 def _all(
-    shards: Iterator[Shard], job: Job, encoder: ChatEncoder, folder: Folder, run: Runner | None, told: Progress | None
+    shards: Iterator[Shard], job: Job, here: ChatEncoder | None, folder: Folder, run: Runner | None,
+    told: Progress | None,
 ) -> tuple[Counts, int]:
     """The counts of all shards, when they are done, and their number."""
     total, n = Counts(), 0
@@ -310,8 +331,9 @@ def _all(
                 yield shard
 
     if run is None:
+        assert here is not None, "this process does the shards"
         for shard in undone():
-            done(shard, run_shard(job, encoder, shard, folder))
+            done(shard, run_shard(job, here, shard, folder))
     else:
         for shard, counts in run(partial(work, job, folder.absolute()), undone()):
             done(shard, counts)
