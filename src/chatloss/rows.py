@@ -98,8 +98,8 @@ def group(turns: Sequence[TurnIds], row_format: str) -> list[list[TurnIds]]:
 
     A turn may share a row exactly if the row begins with its context ids and its target ids.
     """
-    rows = [[t] for t in turns] if row_format == "per_turn" else _shared(turns)
-    return sorted((sorted(row, key=_index) for row in rows), key=lambda row: _index(row[-1]))
+    rows = _shared(turns) if row_format != "per_turn" and len(turns) > 1 else [[t] for t in turns]
+    return sorted(rows, key=lambda row: row[-1].turn.index)
 
 
 def _index(turn: TurnIds) -> int:
@@ -123,16 +123,15 @@ def _shared(turns: Sequence[TurnIds]) -> list[list[TurnIds]]:
     for base in reversed(bases):
         if id(base) in taken:
             continue
-        taken.add(id(base))
         place = leaves[id(base)]
-        count = bisect_right(along, min(place, base.context), key=_length)
+        count = bisect_right(along, min(place, base.context), key=_length) if along else 0
         found, along = along[:count], along[count:]
-        if place < len(base.ids):
-            beside = aside[place][: bisect_right(aside[place], base.context, key=_length)]
-            found += [t for t in beside if _alike(t.ids, base.ids) == len(t.ids)]
-        members = [t for t in found if id(t) not in taken]
+        beside = aside[place] if place < len(base.ids) else ()
+        if len(beside) > 1:
+            found += [t for t in beside if len(t.ids) <= base.context and _alike(t.ids, base.ids) == len(t.ids)]
+        members = [base, *(t for t in found if t is not base and id(t) not in taken)]
         taken |= {id(t) for t in members}
-        rows.append([*members, base])
+        rows.append(sorted(members, key=_index) if len(members) > 1 else members)
     return rows
 
 
@@ -143,6 +142,8 @@ def _length(turn: TurnIds) -> int:
 def _alike(a: Ids, b: Ids) -> int:
     """How many ids two rows have in common at their beginning."""
     n = min(len(a), len(b))
+    if a is b:
+        return n
     differs = a[:n] != b[:n]
     at = int(differs.argmax()) if n else 0
     return at if n and differs[at] else n

@@ -312,8 +312,8 @@ def _joined(known: Encoded, n: int, at: int, rest: Encoded) -> Encoded:
     if not len(rest.ids):
         return Encoded(known.ids[:n], known.starts[:n], known.ends[:n])
     return Encoded(
-        np.concatenate([known.ids[:n], rest.ids]), np.concatenate([known.starts[:n], rest.starts + np.int32(at)]),
-        np.concatenate([known.ends[:n], rest.ends + np.int32(at)]),
+        np.concatenate((known.ids[:n], rest.ids)), np.concatenate((known.starts[:n], rest.starts + at)),
+        np.concatenate((known.ends[:n], rest.ends + at)),
     )
 
 
