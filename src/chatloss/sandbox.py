@@ -178,8 +178,8 @@ _WIDTHS = {"center": (1, "width"), "indent": (1, "width"), "batch": (1, "linecou
            "round": (1, "precision"), "tojson": (2, "indent")}
 _WIDE_METHODS = frozenset("ljust rjust center zfill expandtabs to_bytes".split())
 # What is done to texts so short that neither the result nor the time it takes need be counted.
-_SHORT = 1024
-_PLAIN_METHODS = frozenset("strip lstrip rstrip startswith endswith split rsplit upper lower title capitalize".split())
+SHORT = 1024
+PLAIN_METHODS = frozenset("strip lstrip rstrip startswith endswith split rsplit upper lower title capitalize".split())
 _PLAIN_FILTERS = frozenset("trim string safe upper lower length default d tojson".split())
 DICT_METHODS = frozenset(dir(dict))
 _PLAIN_VALUES = frozenset((str, int, bool, float, list, dict))
@@ -258,7 +258,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         kind = type(obj)
         if kind is dict and attribute not in DICT_METHODS:
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
-        if (kind is LoopContext and attribute in _LOOP_VALUES) or (kind is str and attribute in _PLAIN_METHODS):
+        if (kind is LoopContext and attribute in _LOOP_VALUES) or (kind is str and attribute in PLAIN_METHODS):
             return getattr(obj, attribute)
         if kind is SafeNamespace and not attribute.startswith("_"):
             value = getattr(obj, attribute, None)
@@ -286,8 +286,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         __self.meter.tick(4)
         owner = getattr(__obj, "__self__", None)
-        plain = type(owner) is str and len(args) < 2 and __obj.__name__ in _PLAIN_METHODS
-        if plain and all(type(text) is str and len(text) < _SHORT for text in (owner, *args)):
+        plain = type(owner) is str and len(args) < 2 and __obj.__name__ in PLAIN_METHODS
+        if plain and all(type(text) is str and len(text) < SHORT for text in (owner, *args)):
             return super().call(__context, __obj, *args, **kwargs)
         if isinstance(owner, str | bytes | int | list | tuple | dict | _SafeDict):
             args = __self._before_method(owner, __obj.__name__, args, kwargs)
@@ -315,7 +315,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return args
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "+" and type(left) is type(right) is str and len(left) + len(right) < _SHORT:
+        if operator == "+" and type(left) is type(right) is str and len(left) + len(right) < SHORT:
             return left + right
         self.meter.operated(operator, left, right)
         return self.meter.spend(super().call_binop(context, operator, left, right))
@@ -359,7 +359,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
         def bounded(*args: Any, **kwargs: Any) -> Any:
             self.meter.tick(2)
-            if plain and len(args) == own + 1 and type(args[own]) is str and len(args[own]) < _SHORT:
+            if plain and len(args) == own + 1 and type(args[own]) is str and len(args[own]) < SHORT:
                 return function(*args, **kwargs)
             given = list(args[own:])
             before(name, given, kwargs)

@@ -21,7 +21,7 @@ from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.utils import Namespace, missing
 
 from chatloss.meter import Bounds, Exceeded
-from chatloss.sandbox import DICT_METHODS, SLICED, SafeNamespace, Sandbox
+from chatloss.sandbox import DICT_METHODS, SHORT, SLICED, SafeNamespace, Sandbox
 from chatloss.traced_code import Generator, Unsupported
 from chatloss.varied import Buffer, Facets, Unproven, Varied
 from chatloss.worlds import Loop, Worlds
@@ -93,10 +93,34 @@ class _TracedSandbox(Sandbox):
     def _count(self, length: Callable[..., Any], value: Any) -> Any:
         return self.worlds.length(value) if type(value) is Varied and value.items is not None else length(value)
 
-    def emit(self, value: Any) -> Any:
-        if type(value) is str:
-            return self.meter.write(value)
-        return self.worlds.lift(self._finalize, value) if type(value) is Varied else self._finalize(value)
+    def show(self, buffer: Buffer, value: Any) -> None:
+        """Write out a value that the template names."""
+        if type(value) is Varied:
+            value = self.worlds.lift(self._finalize, value)
+        elif type(value) is str:
+            self.meter.write(value)
+        else:
+            value = self._finalize(value)
+        self.worlds.write(buffer, value)
+
+    def added(self, context: Context, *parts: Any) -> Any:
+        """The sum of `parts` from left to right."""
+        sizes = [len(part) for part in parts if type(part) is str]
+        if len(sizes) == len(parts) and sum(sizes) < SHORT:
+            return "".join(parts)
+        total = parts[0]
+        for part in parts[1:]:
+            total = self.call_binop(context, "+", total, part)
+        return total
+
+    def method(self, context: Context, name: str, owner: Any, *args: Any) -> Any:
+        """``owner.name(*args)`` for a method that strings have."""
+        if type(owner) is Varied:
+            return self.worlds.lift(partial(self.method, context, name), owner, *args)
+        if type(owner) is str and len(owner) < SHORT and all(type(one) is str and len(one) < SHORT for one in args):
+            self.meter.tick(4)
+            return getattr(owner, name)(*args)
+        return self.call(context, self.getattr(owner, name), *args)
 
     def joined(self, buffer: Buffer) -> Any:
         found = buffer.texts(self.worlds.mask)
@@ -117,6 +141,12 @@ class _TracedSandbox(Sandbox):
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         kind = type(obj)
+        if kind is SafeNamespace and not attribute.startswith("_"):
+            found = obj._Namespace__attrs.get(attribute, missing)
+            if type(found) is Varied:
+                return self._known(found)
+            if found is not missing:
+                return found
         if kind is Varied:
             found = missing if attribute in DICT_METHODS else self.worlds.lookup(obj, attribute)
             return self.worlds.lift(self.getattr, obj, attribute) if found is missing else found
@@ -126,8 +156,7 @@ class _TracedSandbox(Sandbox):
             return getattr(obj, attribute)
         if kind is LoopContext and attribute == "changed":
             raise Unproven("loop.changed")
-        value = super().getattr(obj, attribute)
-        return self._known(value) if type(value) is Varied else value
+        return super().getattr(obj, attribute)
 
     def _known(self, value: Varied) -> Any:
         """The value of a namespace's attribute."""
@@ -261,4 +290,4 @@ def _prefixes(messages: Sequence[Message], worlds: Sequence[World]) -> Varied:
                 found.append((1 << i, [*messages[:at], other, *messages[at + 1 : world.count]]))
         return [*found, *((mask, list(messages[:count])) for count, mask in sizes.items())]
 
-    return Varied(lists, items, longer, [(mask, count) for count, mask in sizes.items()])
+    return Varied.alike(lists, items, longer, [(mask, count) for count, mask in sizes.items()])

@@ -10,13 +10,20 @@ from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame, MacroRef, optimizeconst
 from jinja2.idtracking import VAR_LOAD_PARAMETER
 
-from chatloss.sandbox import DICT_METHODS, EACH, SEARCHED, WEIGHED
+from chatloss.sandbox import DICT_METHODS, EACH, PLAIN_METHODS, SEARCHED, WEIGHED
 
 __all__ = ["Generator", "Unsupported"]
 
 _COMPARE = {"eq": "==", "ne": "!=", "gt": ">", "gteq": ">=", "lt": "<", "lteq": "<=", "in": "in", "notin": "not in"}
 # Filters whose results are iterators.
 _LAZY = frozenset("map select reject selectattr rejectattr unique batch slice items reverse".split())
+
+# What a test without arguments is in Python.
+_TESTS = {
+    "string": "isinstance({0}, str)", "none": "{0} is None", "true": "{0} is True", "false": "{0} is False",
+    "defined": "not isinstance({0}, Undefined)", "undefined": "isinstance({0}, Undefined)",
+}
+_LOOP_VALUES = frozenset("first last index index0 revindex revindex0 length previtem nextitem".split())
 
 
 class Unsupported(Exception):
@@ -34,7 +41,14 @@ class Generator(CodeGenerator):
         super().__init__(*args, **kwargs)
         self._within = 0  # functions of operands
         self._ifs = [0]  # branches since the variables' scope began
-        self._loops: list[bool] = []
+        self._loops = 0
+        self._varying = {"messages", "add_generation_prompt"}
+
+    def visit_Template(self, node: nodes.Template, frame: Frame | None = None) -> None:
+        # What is neither given by world nor ever assigned is the same for all.
+        self._varying |= {name.name for name in node.find_all(nodes.Name) if name.ctx != "load"}
+        self._varying |= {macro.name for macro in node.find_all(nodes.Macro)}
+        super().visit_Template(node, frame)
 
     # -- frames ----------------------------------------------------------------------------------------------------
 
@@ -44,7 +58,9 @@ class Generator(CodeGenerator):
         self.writeline("V = environment.varied")
         self.writeline("getattribute = environment.getattr")
         self.writeline("getitem = environment.getitem")
-        self.writeline("emit = environment.emit")
+        self.writeline("show = environment.show")
+        self.writeline("added = environment.added")
+        self.writeline("method = environment.method")
         self.writeline("write = W.write")
         self.writeline("new_buffer = environment.new_buffer")
         self.writeline("call = environment.call")
@@ -85,12 +101,10 @@ class Generator(CodeGenerator):
     def visit_Output(self, node: nodes.Output, frame: Frame) -> None:
         target = frame.buffer or "buffer_0"
         for child in node.nodes:
-            if isinstance(child, nodes.TemplateData):
-                self.writeline(f"write({target}, {child.as_const(frame.eval_ctx)!r})", child)
-            else:
-                self.writeline(f"write({target}, emit(", child)
-                self.visit(child, frame)
-                self.write("))")
+            data = isinstance(child, nodes.TemplateData)
+            self.writeline(f"{'write' if data else 'show'}({target}, ", child)
+            self.visit(child, frame)
+            self.write(")")
 
     def visit_If(self, node: nodes.If, frame: Frame) -> None:
         branch, soft = self.temporary_identifier(), frame.soft()
@@ -201,15 +215,14 @@ class Generator(CodeGenerator):
         if item:
             self.newline()
             self._unpack(cast(nodes.Tuple, node.target), item, loop_frame)
-        self.writeline("_loop_vars = {}")
-        self._loops.append(True)
+        self._loops += 1
         with self._scope():
             self.writeline(f"scope_{len(self._ifs)} = W.mask")
-            if len(self._loops) == 1:
+            if self._loops == 1:
                 self._risk(node.body, loop_frame)
             else:
                 self.blockvisit(node.body, loop_frame)
-        self._loops.pop()
+        self._loops -= 1
         self.outdent()
         self.leave_frame(loop_frame)
 
@@ -237,7 +250,7 @@ class Generator(CodeGenerator):
         return name
 
     def macro_body(self, node: nodes.Macro | nodes.CallBlock, frame: Frame) -> tuple[Frame, MacroRef]:
-        loops, self._loops = self._loops, []
+        loops, self._loops = self._loops, 0
         with self._scope():
             self._macro_scope = f"scope_{len(self._ifs)}"
             made = super().macro_body(node, frame)
@@ -379,19 +392,38 @@ class Generator(CodeGenerator):
 
     @optimizeconst
     def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
+        # A constant does not vary and need not be kept.
         operands = [node.expr, *(one.expr for one in node.ops)]
-        names = [self.temporary_identifier() for _ in operands]
-        rest = zip(node.ops, names[1:], strict=True)
-        plain = names[0] + "".join(f" {_COMPARE[one.op]} {name}" for one, name in rest)
-        self.write(f"(W.lift(lambda {', '.join(names)}: {plain}, {', '.join(names)}) if ")
-        for i, (operand, name) in enumerate(zip(operands, names, strict=True)):
+        names = ["" if isinstance(one, nodes.Const) else self.temporary_identifier() for one in operands]
+        texts = [name or repr(cast(nodes.Const, one).value) for name, one in zip(names, operands, strict=True)]
+        rest = zip(node.ops, texts[1:], strict=True)
+        plain = texts[0] + "".join(f" {_COMPARE[one.op]} {text}" for one, text in rest)
+        given = ", ".join(filter(None, names))
+        self.write(f"(W.lift(lambda {given}: {plain}, {given}) if ")
+        for i, (operand, name) in enumerate((o, n) for o, n in zip(operands, names, strict=True) if n):
             self.write(f"{' | ' if i else ''}(type({name} := ")
             self.visit(operand, frame)
             self.write(") is V)")
         self.write(f" else {plain})")
 
+    @optimizeconst
+    def visit_Add(self, node: nodes.BinExpr, frame: Frame) -> None:
+        parts: list[nodes.Expr] = []
+        left: nodes.Expr = node
+        while isinstance(left, nodes.Add):
+            parts.append(left.right)
+            left = left.left
+        self.write("added(context")
+        for part in (left, *reversed(parts)):
+            self.write(", ")
+            self.visit(part, frame)
+        self.write(")")
+
     def visit_Name(self, node: nodes.Name, frame: Frame) -> None:
         if node.ctx != "load":
+            super().visit_Name(node, frame)
+            return
+        if node.name not in self._varying:
             super().visit_Name(node, frame)
             return
         ref = frame.symbols.ref(node.name)
@@ -431,6 +463,12 @@ class Generator(CodeGenerator):
 
     @optimizeconst
     def visit_Getattr(self, node: nodes.Getattr, frame: Frame) -> None:
+        if isinstance(node.node, nodes.Name) and node.node.name == "loop" and node.attr in _LOOP_VALUES:
+            ref = frame.symbols.ref("loop")
+            load = frame.symbols.find_load(ref)
+            if "loop" not in self._varying and load is not None and load[0] == VAR_LOAD_PARAMETER:
+                self.write(f"{ref}.{node.attr}")
+                return
         self._lookup("getattribute", node.node, node.attr, node.attr not in DICT_METHODS, frame)
 
     @optimizeconst
@@ -466,6 +504,13 @@ class Generator(CodeGenerator):
             raise Unsupported("a call with an iterator")
         if node.dyn_args is not None or node.dyn_kwargs is not None:
             raise Unsupported("a call with * or **")
+        of = node.node
+        if isinstance(of, nodes.Getattr) and of.attr in PLAIN_METHODS and len(node.args) < 2 and not node.kwargs:
+            self.write(f"method(context, {of.attr!r}, ")
+            self.visit(of.node, frame)
+            self.signature(node, frame)
+            self.write(")")
+            return
         self.write("call(context, ")
         self.visit(node.node, frame)
         self.signature(node, frame, {"caller": "caller"} if forward_caller else None)
@@ -487,6 +532,12 @@ class Generator(CodeGenerator):
     def visit_Test(self, node: nodes.Test, frame: Frame) -> None:
         if node.dyn_args is not None or node.dyn_kwargs is not None:
             raise Unsupported("a test with * or **")
+        if node.name in _TESTS and not node.args and not node.kwargs:
+            value = self.temporary_identifier()
+            self.write(f"(W.lift({self.tests[node.name]}, {value}) if type({value} := ")
+            self.visit(node.node, frame)
+            self.write(f") is V else {_TESTS[node.name].format(value)})")
+            return
         super().visit_Test(node, frame)
 
     def _settled(self, node: nodes.Node, frame: Frame) -> None:

@@ -22,30 +22,46 @@ class Varied:
     """A value by worlds: `facets` are (mask, value), of which the first that has a world's bit holds.
 
     If `items` is not None the values are lists that begin alike: item `i` is ``items[i]`` in the worlds of
-    ``longer[i]``, and the others have no such item; `sizes` are their lengths. `items` may be varied themselves. If
-    `lazy` is not None it gives the value in the worlds that run, of those in `born`. `whole`: all values are integers.
-    `mask`: the facets are apart and make up just these worlds (0: not known).
+    ``longer[i]``, and the others have no such item; `sizes` are their lengths by world, `length` their length as a
+    value. `items` may be varied themselves. If `lazy` is not None it gives the value in the worlds that run, of those
+    in `born`; `known` is what it gave. `whole`: all values are integers. `mask`: the facets are apart and make up just
+    these worlds (0: not known).
     """
 
-    __slots__ = ("_facets", "_make", "born", "items", "known", "lazy", "longer", "mask", "sizes", "whole")
+    __slots__ = ("_facets", "_make", "born", "items", "known", "lazy", "length", "longer", "mask", "sizes", "whole")
+    _facets: Facets | None
+    _make: Callable[[], Facets]
+    items: list[Any] | None
+    lazy: Callable[[], Any] | None
+    born: int
+    known: tuple[int, Facets]
+    longer: Sequence[int]
+    length: Any
+    sizes: Facets
 
-    def __init__(
-        self, facets: Facets | Callable[[], Facets], items: list[Any] | None = None, longer: Sequence[int] = (),
-        sizes: Facets | None = None, whole: bool = False, mask: int = 0,
-    ) -> None:
-        self._facets: Facets | None
-        if callable(facets):
-            self._facets, self._make = None, facets
-        else:
-            self._facets = facets
-        self.items = items
-        self.longer = longer
-        self.sizes = sizes
-        self.whole = whole
+    def __init__(self, facets: Facets, mask: int = 0, whole: bool = False) -> None:
+        self._facets = facets
         self.mask = mask
-        self.lazy: Callable[[], Any] | None = None
-        self.born = 0
-        self.known: tuple[int, Facets] = 0, []
+        self.whole = whole
+        self.items = self.lazy = None
+
+    @classmethod
+    def alike(
+        cls, make: Callable[[], Facets], items: list[Any], longer: Sequence[int], sizes: Facets
+    ) -> Varied:
+        """Lists that begin alike; `make` gives them one by one, should anybody ask for that."""
+        value = cls([])
+        value._facets, value._make = None, make
+        value.items, value.longer, value.sizes = items, longer, sizes
+        value.length = sizes[0][1] if len(sizes) == 1 else cls(sizes, whole=True)
+        return value
+
+    @classmethod
+    def later(cls, lazy: Callable[[], Any], born: int, whole: bool) -> Varied:
+        """What `lazy` gives, in those of the worlds `born` that will ask for it."""
+        value = cls([], whole=whole)
+        value.lazy, value.born, value.known = lazy, born, (0, [])
+        return value
 
     @property
     def facets(self) -> Facets:
@@ -62,11 +78,13 @@ class Varied:
 
 def merged(found: Facets) -> Any:
     """The value that all of `found` have, or a `Varied` in which equal values are one. The masks are apart."""
-    first = found[0][1]
-    for _, value in found:
-        if value is not first:
-            break
-    else:
+    mask, first = found[0]
+    if len(found) == 2:  # mostly two, as of booleans
+        other, second = found[1]
+        if first is second or (type(first) is type(second) and type(first) in _SCALARS and first == second):
+            return first
+        return Varied(found, mask | other)
+    if len(found) == 1:
         return first
     values: dict[Any, tuple[int, Any]] = {}
     whole = 0
@@ -78,7 +96,7 @@ def merged(found: Facets) -> Any:
             values[key] = values[key][0] | mask, value
         else:
             values[key] = mask, value
-    return first if len(values) == 1 else Varied([*values.values()], mask=whole)
+    return first if len(values) == 1 else Varied([*values.values()], whole)
 
 
 class Buffer:

@@ -130,9 +130,7 @@ class Worlds:
 
     def later(self, lazy: Callable[[], Any], whole: bool = False) -> Varied:
         """What `lazy`, which cannot fail, will give in those of the worlds that ask for it."""
-        value = Varied([], whole=whole)
-        value.lazy, value.born = lazy, self.mask
-        return value
+        return Varied.later(lazy, self.mask, whole)
 
     def _everywhere(self, value: Varied) -> Facets:
         """The facets of `value` in all the worlds that have it."""
@@ -161,23 +159,26 @@ class Worlds:
         """A variable that was `before` after `value` was assigned to it in the worlds that run."""
         facets = self.seen(value) if type(value) is Varied else [(self.mask, value)]
         old = self._everywhere(before) if type(before) is Varied else [(self.all, before)]
-        return Varied([*facets, *((m, one) for m, one in old if m & ~self.mask)])
+        left = ~self.mask
+        return merged([*facets, *((m & left, one) for m, one in old if m & left)])
 
     def lift(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``function(*args, **kwargs)``, called for each value of the arguments that vary."""
-        keys = [*range(len(args)), *kwargs]
-        given: dict[Any, Any] = dict(enumerate(args)) | kwargs
-        varied = [key for key in keys if type(given[key]) is Varied]
-        if not varied:
-            return function(*args, **kwargs)
-        key, last = varied[0], len(varied) == 1
-        entry, found = self.mask, []
-        for mask, one in self.seen(given[key]):
+        at = next((i for i, value in enumerate(args) if type(value) is Varied), None)
+        if at is None:
+            if not any(type(value) is Varied for value in kwargs.values()):
+                return function(*args, **kwargs)
+            names = list(kwargs)
+            return self.lift(
+                lambda *given: function(*given[len(names) :], **dict(zip(names, given, strict=False))),
+                *kwargs.values(), *args,
+            )
+        entry, found, given = self.mask, [], list(args)
+        last = not kwargs and not any(type(one) is Varied for one in args[at + 1 :])
+        for mask, one in self.seen(args[at]):
+            given[at] = one
             self.mask = mask  # if it raises, it does so in these worlds
-            given[key] = one
-            plain = [given[i] for i in range(len(args))]
-            options = {name: given[name] for name in kwargs} if kwargs else kwargs
-            made = function(*plain, **options) if last else self.lift(function, *plain, **options)
+            made = function(*given) if last else self.lift(function, *given, **kwargs)
             if type(made) is Varied:
                 found += self.seen(made)
             else:
@@ -262,10 +263,7 @@ class Worlds:
 
     def length(self, value: Varied) -> Any:
         """The length of a varied list."""
-        if value.sizes is None:
-            return self.lift(len, value)
-        sizes = value.sizes
-        return sizes[0][1] if len(sizes) == 1 else Varied(sizes, whole=True)
+        return self.lift(len, value) if value.items is None else value.length
 
     def item(self, value: Varied, index: int, none: Any) -> Any:
         """Item `index`, at least 0, of a varied list that worlds have more or less of; `none` where there is none."""
@@ -284,18 +282,18 @@ class Worlds:
 
     def rest(self, value: Varied, start: int) -> Varied:
         """``value[start:]`` of a varied list that worlds have more or less of."""
-        assert value.items is not None and value.sizes is not None
+        assert value.items is not None
         sizes = [(mask, max(size - start, 0)) for mask, size in value.sizes]
 
         def lists() -> Facets:
             return [(mask, one[start:]) for mask, one in value.facets]
 
-        return Varied(lists, value.items[start:], value.longer[start:], sizes)
+        return Varied.alike(lists, value.items[start:], value.longer[start:], sizes)
 
     def backwards(self, value: Varied) -> Varied:
         """``value[::-1]`` of a varied list that worlds have more or less of."""
         items, sizes = value.items, value.sizes
-        assert items is not None and sizes is not None
+        assert items is not None
 
         def item(i: int) -> Any:
             found: Facets = []
@@ -309,7 +307,7 @@ class Worlds:
                         found.append((shared, one))
             return merged(found)
 
-        return Varied(
+        return Varied.alike(
             lambda: [(mask, one[::-1]) for mask, one in value.facets],
             [self.later(partial(item, i)) for i in range(len(items))], value.longer, sizes,
         )
@@ -403,12 +401,12 @@ class Worlds:
             here = [(mask, one[i]) for mask, one in found if len(one) > i]
             items.append(merged(here))
             longer.append(sum(mask for mask, _ in here))
-        return Varied(found, items, longer, [(mask, len(one)) for mask, one in found])
+        return Varied.alike(lambda: found, items, longer, [(mask, len(one)) for mask, one in found])
 
     def unpacked(self, value: Varied, count: int) -> tuple[Any, ...]:
         """The `count` items of a varied tuple."""
         lists = self._as_lists(value)
-        assert lists.items is not None and lists.sizes is not None
+        assert lists.items is not None
         if any(size != count for _, size in lists.sizes):
             raise Unproven("worlds unpack different numbers of values")
         return tuple(lists.items)
