@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -164,7 +165,7 @@ class ChatEncoder:
     def examine(self, conversation: Conversation) -> Encoding:
         """Rows, outcomes and problems of a conversation. Never raises for what a policy decides: problems say it."""
         rendering = self.rendering(conversation)
-        problems = list(self._control_problems(conversation))
+        problems = self._control_problems(conversation)
         wanted, untrained = self._wanted(conversation)
         turns = [rendering.turn(i) for i in wanted]
         # The last first: most of the others are parts of it.
@@ -287,23 +288,40 @@ class ChatEncoder:
         )
 
     @cached_property
+    def _control_order(self) -> tuple[str, ...]:
+        return tuple(sorted(self.control))
+
+    @cached_property
+    def _control_pattern(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self._control_order)) or r"(?!)")
+
+    @cached_property
     def _control_starts(self) -> tuple[str, ...]:
-        """What control tokens begin with: of hundreds of them few texts hold even that."""
+        """What control tokens begin with: of hundreds of them few chats hold even that."""
         return tuple(sorted({token[:2] for token in self.control}))
 
-    def _control_problems(self, conversation: Conversation) -> Sequence[Problem]:
+    def _control_problems(self, conversation: Conversation) -> list[Problem]:
+        told = [_texts(message) for message in conversation.messages]
+        everything = "\n".join([text for texts in told for text in texts])
+        if not any(start in everything for start in self._control_starts):
+            return []
         found = []
-        for i, message in enumerate(conversation.messages):
-            texts = [message.text, message.reasoning or "", *(f"{c.name}\n{c.arguments}" for c in message.tool_calls)]
-            texts = [text for text in texts if any(start in text for start in self._control_starts)]
-            held = next((token for token in sorted(self.control) for text in texts if token in text), None) \
-                if texts else None
-            if held is not None:
+        for i, texts in enumerate(told):
+            texts = [text for text in texts if self._control_pattern.search(text)]
+            if texts:
+                held = next(token for token in self._control_order for text in texts if token in text)
                 remedy = "remove it, or --control-tokens parity to encode it as one"
                 fatal = self.policy.control_tokens == "reject"
                 detail = f"the text holds the control token {held!r}"
                 found.append(Problem("control_tokens", i, detail, remedy, fatal))
         return found
+
+
+def _texts(message: Message) -> list[str]:
+    """All that a message says."""
+    if not message.reasoning and not message.tool_calls:
+        return [message.text]
+    return [message.text, message.reasoning or "", *(f"{c.name}\n{c.arguments}" for c in message.tool_calls)]
 
 
 def _is_inner(text: str) -> bool:

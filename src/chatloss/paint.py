@@ -41,22 +41,25 @@ def sample(
     for member, made in strokes:
         if id(member) not in apart:
             chars += _edges(made)
-    at, over = (dict(zip(chars, tokens, strict=True)) for tokens in base.tokens_at(chars))
+    at, over = base.tokens_at(chars)
     if known:
-        row.paint(at[begun], base.context, message=base.turn.index, weight=0.0, reason=Reason.GENERATION_PROMPT)
+        row.paint(at[0], base.context, message=base.turn.index, weight=0.0, reason=Reason.GENERATION_PROMPT)
+    k = 1 + sum(2 * len(found) for _, found in shown)
     for member, made in strokes:
         if id(member) in apart:
-            chars = _edges(made)
-            _paint(row, member, made, *(dict(zip(chars, tokens, strict=True)) for tokens in member.tokens_at(chars)))
+            _paint(row, member, made, *member.tokens_at(_edges(made)))
         else:
-            _paint(row, member, made, at, over)
+            _paint(row, member, made, at[k : k + 2 * len(made)], over[k : k + 2 * len(made)])
+            k += 2 * len(made)
+    k = 1
     for i, found in shown:  # unlawful = "keep": trained as it stands here, although inference never shows it so
-        for a, b, why in found:
+        for _, _, why in found:
             weight = _weight(why, messages[i], policy)
             row.paint(
-                over[a] if why in _FIELDS else at[a], at[b], message=i, weight=weight,
+                over[k] if why in _FIELDS else at[k], at[k + 1], message=i, weight=weight,
                 reason=why if weight else Reason.SWITCHED_OFF,
             )
+            k += 2
     row.leave_first()
     n = min(length, len(base.ids)) if length else len(base.ids)
     return Sample(
@@ -159,45 +162,43 @@ def _strokes(member: TurnIds, data: Message, policy: Policy) -> list[_Stroke]:
 
 
 def _edges(strokes: Sequence[_Stroke]) -> list[int]:
+    """Where strokes begin, and where they end."""
     return [stroke[0] for stroke in strokes] + [stroke[1] for stroke in strokes]
 
 
-def _paint(
-    row: Painting, member: TurnIds, strokes: Sequence[_Stroke], at: Mapping[int, int], over: Mapping[int, int]
-) -> None:
-    """Write a turn's targets into the row."""
+def _paint(row: Painting, member: TurnIds, strokes: Sequence[_Stroke], at: list[int], over: list[int]) -> None:
+    """Write a turn's targets into the row. `at`, `over`: the tokens of the strokes' edges, as `tokens_at` says."""
     first, end, index = member.context, len(member.ids), member.turn.index
     runs = _in_line(member, strokes, at, over)
     if runs is not None:
         row.put(runs, end)
         return
     row.paint(first, end, message=index)
-    rest = [stroke for stroke in strokes if stroke[2] is not None and stroke[2] not in _FIELDS]
+    placed = list(zip(strokes, at, over, at[len(strokes) :], strict=False))
+    rest = [one for one in placed if one[0][2] is not None and one[0][2] not in _FIELDS]
     # A token that holds any of a field is the field's, and of two fields the first one's.
-    fields = [stroke for stroke in reversed(strokes) if stroke[2] in _FIELDS]
-    matched = [stroke for stroke in strokes if stroke[2] is None]
-    for a, b, why, weight in (*rest, *fields, *matched):
-        start = max(at[a] if why is not None and why not in _FIELDS else over[a], first)
-        row.paint(start, min(at[b], end), message=index, weight=weight, reason=why)
+    fields = [one for one in reversed(placed) if one[0][2] in _FIELDS]
+    matched = [one for one in placed if one[0][2] is None]
+    for (_, _, why, weight), begins, holds, last in (*rest, *fields, *matched):
+        start = max(begins if why is not None and why not in _FIELDS else holds, first)
+        row.paint(start, min(last, end), message=index, weight=weight, reason=why)
     row.switch_off(first, end)
 
 
-def _in_line(
-    member: TurnIds, strokes: Sequence[_Stroke], at: Mapping[int, int], over: Mapping[int, int]
-) -> list[Run] | None:
+def _in_line(member: TurnIds, strokes: Sequence[_Stroke], at: list[int], over: list[int]) -> list[Run] | None:
     """The runs that painting the strokes of a turn gives, where each begins behind the one before; else None."""
     runs: list[Run] = []
     edge, end, token, within = len(member.turn.prompt), len(member.ids), member.context, False
-    for a, b, why, weight in strokes:
+    for (a, b, why, weight), begins, holds in zip(strokes, at, over, strict=False):
         field = why in _FIELDS
-        start = over[a] if field and not within else at[a]
-        if why is None or a != edge or not token <= start <= min(at[a], end):
+        start = holds if field and not within else begins
+        if why is None or a != edge or not token <= start <= begins or start > end:
             return None
         if runs and runs[-1][0] == start:
             runs.pop()
         runs.append((start, (member.turn.index, weight, why if weight else Reason.SWITCHED_OFF)))
         edge, token, within = b, start, field
-    return runs if runs and runs[0][0] == member.context < end and token < end <= at[edge] else None
+    return runs if runs and runs[0][0] == member.context and token < end <= at[-1] else None
 
 
 _PARTS = {Reason.REASONING: "reasoning", Reason.CONTENT: "content", Reason.CALL: "calls"}
