@@ -1,10 +1,15 @@
-"""Chats to training rows, one process: ``python -m benchmarks.prepare``.
+"""Chats to training rows: ``python -m benchmarks.prepare``, all lines in about a quarter of an hour.
 
-For every pair of template and tokenizer and every kind of chats: megabytes of rendered text per second of CPU time,
-for `chatloss prepare` (its shard function, Parquet included; tokenizers loaded before) with both encoders, for TRL's
-own SFT preprocessing with assistant masks (`SFTTrainer` on a `datasets.Dataset`, its patched template), and for
-`transformers.apply_chat_template` with a mask in a loop. Megabytes are those of one rendering of every chat, the same
-for all. What others make is not the same: `chatloss` also finds out what each turn's context is at inference.
+For every pair of template and tokenizer and every kind of chats: megabytes of rendered text per second of CPU time, in
+one process, tokenizers loaded before, for `chatloss prepare` (its shard function, Parquet included), for TRL's own SFT
+preprocessing with assistant masks (`SFTTrainer` on a `datasets.Dataset`, its patched template), and for
+`transformers.apply_chat_template` with a mask in a loop. Then the same per second of the clock with two processes and
+all that starting them takes: ``--workers 2``, and ``dataset_num_proc=2``. Megabytes are those of one rendering of every
+chat, the same for all. What others make is not the same: `chatloss` also finds out what each turn's context is at
+inference. Chats are taken `COPIES` times (`COPIES_FOR_TWO`), each time with other texts.
+
+``--equal`` measures nothing: it compares every id, span and weight of all these chats with those of the reference
+encoder (`tokenizers`) and the reference renderer (every prefix rendered alone).
 """
 
 from __future__ import annotations
@@ -12,24 +17,37 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
-from itertools import islice
+from contextlib import contextmanager, redirect_stdout
+from itertools import count, islice
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import numpy as np
 from tests import assets
 
 PAIRS = {"qwen3": "qwen3_training", "qwen2.5": "qwen2_5_training", "llama3": "llama3_training",
          "gpt-oss": "gptoss_training", "deepseek-v3": "deepseekv3_training"}
 # The template that TRL ships beside its tagged one puts a thought into every prompt: all chats here are off-prompt.
 TEMPLATES = {"deepseek-v3": "yujiepan-deepseek-v3-tiny-random"}
-METHODS = ("fast", "reference", "trl", "transformers")
 DATA = ("tools", "plain", "agent")
+COPIES, COPIES_FOR_TWO = 4, 24
+# What takes the time, by the innermost module of ours that runs.
+STAGES = {
+    "read": "shards reader streams tables formats chat values",
+    "render": "template sandbox meter traced traced_code worlds varied",
+    "ids": "tokens fast_tokens cuts",
+    "rows": "reference fields places rows paint window encode sample pipeline policy",
+    "write": "columns dataset manifest folders prepare",
+}
+MODULES = {f"chatloss.{name}": stage for stage, names in STAGES.items() for name in names.split()}
 THREADS = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -77,40 +95,144 @@ CHATS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
 }
 
 
-def chatloss(pair: str, rows: list[dict[str, Any]], backend: str) -> dict[str, Any]:
-    """CPU seconds of the shard function over all chats, and what came of it."""
-    from chatloss.prepare import Job, run_shard
-    from chatloss.shards import inputs_of, shards_of
+def copies(data: str, times: int) -> list[dict[str, Any]]:
+    """The chats several times, never with the same text."""
+    rows = list(CHATS[data]())
+    return list(islice(varied(rows), times * len(rows)))
 
-    job = Job(str(assets.tokenizer_dir(pair)), own_template(pair), clock="2026-01-02T03:04:05", backend=backend)
+
+def varied(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The chats without end, each time with the words of every message turned round by another number."""
+    for n in count():
+        for row in rows:
+            yield {**row, "messages": [
+                {**m, "content": f"{n} {turned(m['content'], n)}"} if isinstance(m.get("content"), str) else m
+                for m in row["messages"]
+            ]}
+
+
+def turned(text: str, n: int) -> str:
+    words = text.split(" ")
+    at = n % len(words)
+    return " ".join([*words[at:], *words[:at]])
+
+
+def chatloss(pair: str, data: str, backend: str) -> dict[str, Any]:
+    """CPU seconds of the shard function over all chats, by stage and beside the least there is to do."""
+    from chatloss.folders import Folder
+    from chatloss.prepare import run_shard
+    from chatloss.shards import blocks_of, hashed, inputs_of, shards_of, with_blocks
+
+    rows, job = copies(data, COPIES), job_of(pair, backend)
     encoder = job.encoder()
-    list(islice((encoder.examine(c) for c in conversations(rows[:2])), 2))
+    for chat in conversations(rows[-2:]):
+        encoder.examine(chat)
     with tempfile.TemporaryDirectory() as folder:
-        data, out = Path(folder) / "chats.jsonl", Path(folder) / "out"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-        (out / "shards").mkdir(parents=True)
-        (out / ".prepare").mkdir()
-        [one] = inputs_of([str(data)], "auto", out)
+        out = Folder(f"{folder}/out")
+        out.make("shards", ".prepare")
+        found = inputs_of([written(rows, folder)], "auto", out)
+
+        def run() -> list[Any]:
+            inputs = with_blocks(found, ((block, hashed(block)) for block in blocks_of(found, 2**25)))
+            return [run_shard(job, encoder, shard, out) for shard in shards_of(inputs, 2**25)]
+
         began = time.process_time()
-        counts = [run_shard(job, encoder, shard, out) for shard in shards_of([one], 2**25)]
+        counts = run()
         seconds = time.process_time() - began
+        with shares() as stages:
+            run()
+    chats = list(conversations(rows))
+    began = time.process_time()
+    texts = [rendered_once(encoder, chat) for chat in chats]
+    rendering = time.process_time() - began
+    for text in texts:
+        encoder.tokens.encode(text)
+    least = time.process_time() - began
     return {"seconds": seconds, "tokens": sum(c.tokens for c in counts), "rows": sum(c.rows for c in counts),
-            "rejected": sum(sum(c.rejected.values()) for c in counts)}
+            "rejected": sum(sum(c.rejected.values()) for c in counts), "stages": stages, "least": least,
+            "rendering": rendering, "megabytes": sum(len(text.encode()) for text in texts) / 1e6,
+            **two_processes(pair, data, backend)}
+
+
+def two_processes(pair: str, data: str, backend: str) -> dict[str, float]:
+    """Seconds of the clock for `prepare` with two workers, from the call to the manifest."""
+    from chatloss.prepare import prepare
+
+    rows = copies(data, COPIES_FOR_TWO)
+    with tempfile.TemporaryDirectory() as folder:
+        path, began = written(rows, folder), time.monotonic()
+        prepare([path], f"{folder}/out", job_of(pair, backend), workers=2, max_rejects=1.0)
+        return {"two": (time.monotonic() - began) / COPIES_FOR_TWO * COPIES}
+
+
+def job_of(pair: str, backend: str) -> Any:
+    from chatloss.prepare import Job
+
+    return Job(str(assets.tokenizer_dir(pair)), own_template(pair), clock="2026-01-02T03:04:05", backend=backend)
+
+
+def written(rows: list[dict[str, Any]], folder: str) -> str:
+    path = Path(folder) / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return str(path)
+
+
+@contextmanager
+def shares() -> Iterator[dict[str, float]]:
+    """The share of CPU time of each stage: a thousand times a second, the time since the last look goes to one."""
+    found: Counter[str] = Counter()
+    last = time.process_time()
+
+    def look(_: int, frame: FrameType | None) -> None:
+        nonlocal last
+        while frame and frame.f_globals.get("__name__") not in MODULES:
+            frame = frame.f_back
+        now = time.process_time()
+        found[MODULES[frame.f_globals["__name__"]] if frame else "other"] += now - last  # type: ignore[assignment]
+        last = now
+
+    made: dict[str, float] = {}
+    signal.signal(signal.SIGPROF, look)
+    signal.setitimer(signal.ITIMER_PROF, 0.001, 0.001)
+    try:
+        yield made
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    made |= {stage: seconds / sum(found.values()) for stage, seconds in found.items()}
+
+
+def rendered_once(encoder: Any, chat: Any) -> str:
+    """All of a chat rendered, as `apply_chat_template` does."""
+    rendering = encoder.rendering(chat)
+    return str(encoder.template.render(rendering.messages, chat.tools, **rendering.kwargs))
+
+
+def differences(pair: str, data: str) -> dict[str, int]:
+    """How many rows there are, and of how many chats the reference makes something else."""
+    from dataclasses import replace
+
+    fast, plain = job_of(pair, "fast").encoder(), job_of(pair, "reference").encoder()
+    plain = replace(plain, template=replace(plain.template, trace=False))
+    found: Counter[str] = Counter()
+    for chat in conversations(copies(data, 1)):
+        one, other = fast.examine(chat), plain.examine(chat)
+        found.update(chats=1, rows=len(one.rows), tokens=sum(map(len, one.rows)), differing=not same(one, other))
+    return dict(found)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two encodings have the same ids, spans with weights, turns and problems."""
+    rows = list(zip(one.rows, other.rows, strict=False))
+    return len(one.rows) == len(other.rows) and all(
+        np.array_equal(a.input_ids, b.input_ids) and a.spans == b.spans and a.outcomes == b.outcomes
+        and a.untrained == b.untrained and np.array_equal(a.weights, b.weights) for a, b in rows
+    ) and (one.outcomes, one.untrained, one.problems) == (other.outcomes, other.untrained, other.problems)
 
 
 def conversations(rows: list[dict[str, Any]]) -> Iterator[Any]:
     from chatloss.chat import Conversation
 
     return (Conversation.from_messages(row["messages"], row.get("tools")) for row in rows)
-
-
-def megabytes(pair: str, rows: list[dict[str, Any]]) -> float:
-    """Rendered once each by the model's own template."""
-    from chatloss.encode import ChatEncoder
-
-    encoder = ChatEncoder.load(assets.tokenizer_dir(pair), own_template(pair))
-    texts = (encoder.rendering(c).text(len(c.messages)) or "" for c in conversations(rows))
-    return sum(len(text.encode()) for text in texts) / 1e6
 
 
 def own_template(pair: str) -> str | None:
@@ -138,37 +260,60 @@ def as_peers_take(row: dict[str, Any]) -> dict[str, Any]:
     return {"messages": messages, **({"tools": json.dumps(row["tools"])} if row.get("tools") else {})}
 
 
-def trl(pair: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """CPU seconds of TRL's `_prepare_dataset`, called by its trainer."""
+def peers(pair: str, data: str) -> dict[str, Any]:
+    """TRL and transformers over the same chats; what one of them raises is told under its name."""
+    runs: dict[str, Callable[[], dict[str, Any]]] = {
+        "trl": lambda: trl(pair, copies(data, COPIES)),
+        "transformers": lambda: transformers(pair, data),
+        "two": lambda: trl(pair, copies(data, COPIES_FOR_TWO), processes=2),
+    }
+    made: dict[str, Any] = {}
+    for name, run in runs.items():
+        try:
+            made[name] = run()
+        except Exception as error:
+            made[name] = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:160]}
+    if "seconds" in made["two"]:
+        made["two"]["seconds"] *= COPIES / COPIES_FOR_TWO
+    return made
+
+
+def trl(pair: str, rows: list[dict[str, Any]], processes: int | None = None) -> dict[str, Any]:
+    """CPU seconds of TRL's `_prepare_dataset`, called by its trainer; seconds of the clock with more `processes`."""
     import datasets
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
     datasets.disable_progress_bars()
     seconds, prepare = [], SFTTrainer._prepare_dataset
+    clock = time.monotonic if processes else time.process_time
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        began = time.process_time()
+        began = clock()
         made = prepare(*args, **kwargs)
-        seconds.append(time.process_time() - began)
+        seconds.append(clock() - began)
         return made
 
-    SFTTrainer._prepare_dataset = timed
     tokenizer = tagged_tokenizer(pair)
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=4, intermediate_size=4, num_hidden_layers=1,
                          num_attention_heads=1, num_key_value_heads=1)
     with tempfile.TemporaryDirectory() as folder:
         data = datasets.Dataset.from_list([as_peers_take(row) for row in rows])
-        options = SFTConfig(output_dir=folder, assistant_only_loss=True, max_length=None, report_to=[], use_cpu=True)
-        trainer = SFTTrainer(LlamaForCausalLM(config), options, train_dataset=data, processing_class=tokenizer)
-        ids = trainer.train_dataset["input_ids"]
-    return {"seconds": seconds[0], "tokens": sum(map(len, ids)), "rows": len(ids), "rejected": 0}
+        options = SFTConfig(output_dir=folder, assistant_only_loss=True, max_length=None, report_to=[], use_cpu=True,
+                            dataset_num_proc=processes)
+        SFTTrainer._prepare_dataset = timed
+        try:
+            trainer = SFTTrainer(LlamaForCausalLM(config), options, train_dataset=data, processing_class=tokenizer)
+        finally:
+            SFTTrainer._prepare_dataset = prepare
+        ids = trainer.train_dataset.with_format("arrow")["input_ids"]
+        return {"seconds": seconds[0], "tokens": sum(len(row) for row in ids.combine_chunks()), "rows": len(ids)}
 
 
-def transformers(pair: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def transformers(pair: str, data: str) -> dict[str, Any]:
     """CPU seconds of `apply_chat_template` with an assistant mask in a loop."""
     tokenizer, tokens = tagged_tokenizer(pair), 0
-    given = [as_peers_take(row) for row in rows]
+    given = [as_peers_take(row) for row in copies(data, COPIES)]
     began = time.process_time()
     for row in given:
         kwargs = {"tools": json.loads(row["tools"])} if "tools" in row else {}
@@ -176,57 +321,81 @@ def transformers(pair: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
             row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **kwargs
         )
         tokens += len(made["input_ids"])
-    return {"seconds": time.process_time() - began, "tokens": tokens, "rows": len(rows), "rejected": 0}
+    return {"seconds": time.process_time() - began, "tokens": tokens, "rows": len(given)}
 
 
-def one(method: str, pair: str, data: str) -> dict[str, Any]:
-    """One measurement, in this process."""
-    rows = list(CHATS[data]())
-    if method in ("fast", "reference"):
-        return {**chatloss(pair, rows, method), "megabytes": megabytes(pair, rows)}
-    return (trl if method == "trl" else transformers)(pair, rows)
-
-
-def measure(method: str, pair: str, data: str) -> dict[str, Any]:
+def measure(what: str, pair: str, data: str, backend: str) -> dict[str, Any]:
     """One measurement in a process of its own; what it raises is told under "error"."""
-    command = [sys.executable, "-m", "benchmarks.prepare", "--one", method, pair, data]
+    command = [sys.executable, "-m", "benchmarks.prepare", "--one", what, pair, data, "--encoder", backend]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **THREADS}, timeout=540)
     if run.returncode:
-        return {"error": (run.stderr.strip().splitlines() or ["?"])[-1][:120]}
+        return {"error": (run.stderr.strip().splitlines() or ["?"])[-1][:160]}
     found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return found
 
 
+def line(ours: dict[str, Any], others: dict[str, Any]) -> list[str]:
+    """The cells of a line of the table; "-" where something could not be run."""
+    def shown(digits: int, a: float | None, b: float | None) -> str:
+        return f"{a / b:.{digits}f}" if a and b else "-"
+
+    size = ours["megabytes"]
+    trl, loop, two = (others.get(name, {}) for name in ("trl", "transformers", "two"))
+    return [
+        f"{size / COPIES:.2f}", *(shown(2, size, one.get("seconds")) for one in (ours, trl, loop)),
+        shown(1, trl.get("seconds"), ours["seconds"]), shown(1, ours["tokens"], trl.get("tokens")),
+        shown(2, size, ours["two"]), shown(2, size, two.get("seconds")), shown(1, two.get("seconds"), ours["two"]),
+        shown(1, ours["seconds"], ours["least"]), shown(2, size, ours["rendering"]),
+        *(f"{ours['stages'].get(stage, 0):.0%}" for stage in STAGES),
+    ]
+
+
+COLUMNS = ("pair", "chats", "MB", "chatloss MB/s", "TRL MB/s", "transformers MB/s", "chatloss : TRL", "tokens : TRL's",
+           "chatloss x2 MB/s", "TRL x2 MB/s", "ratio x2", "all : render and encode once", "rendering once MB/s",
+           *STAGES)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--one", nargs=3, metavar=("METHOD", "PAIR", "DATA"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--one", nargs=3, metavar=("WHAT", "PAIR", "DATA"))
+    parser.add_argument("--equal", action="store_true")
     parser.add_argument("--pairs", nargs="*", default=list(PAIRS))
     parser.add_argument("--data", nargs="*", default=list(DATA))
-    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--encoder", choices=("fast", "reference"), default="fast")
     options = parser.parse_args()
     if options.one:
+        what, pair, data = options.one
         with redirect_stdout(sys.stderr):
-            made = one(*options.one)
+            if what == "equal":
+                made: dict[str, Any] = differences(pair, data)
+            else:
+                made = peers(pair, data) if what == "peers" else chatloss(pair, data, options.encoder)
         print(json.dumps(made))
         return
-    rates_of = " | ".join(f"{method} MB/s" for method in options.methods)
-    print(f"| pair | chats | MB | {rates_of} | fast : TRL | tokens : TRL's |")
-    print("| --- | --- " + "| ---: " * (len(options.methods) + 3) + "|")
-    for pair in options.pairs:
-        for data in options.data:
-            found = {method: measure(method, pair, data) for method in options.methods}
-            size = next((one["megabytes"] for one in found.values() if "megabytes" in one), 0.0)
-            rates = {m: size / one["seconds"] if "seconds" in one else 0.0 for m, one in found.items()}
-            cells = [f"{rates[m]:.2f}" if rates[m] else "refuses" for m in options.methods]
-            ratios = ["-", "-"]
-            if rates.get("trl") and rates.get("fast"):
-                more = found["fast"]["tokens"] / found["trl"]["tokens"]
-                ratios = [f"{rates['fast'] / rates['trl']:.1f}", f"{more:.1f}"]
-            print(f"| {pair} | {data} | {size:.2f} | " + " | ".join([*cells, *ratios]) + " |", flush=True)
-            for method, one_found in found.items():
-                if "error" in one_found or one_found.get("rejected"):
-                    said = one_found.get("error") or f"{one_found['rejected']} rejected"
-                    print(f"{pair} {data} {method}: {said}", file=sys.stderr)
+    lines = [(pair, data) for pair in options.pairs for data in options.data]
+    (compared if options.equal else timed)(lines, options.encoder)
+
+
+def timed(lines: list[tuple[str, str]], encoder: str) -> None:
+    print(f"| {' | '.join(COLUMNS)} |\n| --- | --- {'| ---: ' * (len(COLUMNS) - 2)}|")
+    for pair, data in lines:
+        ours, others = (measure(what, pair, data, encoder) for what in ("chatloss", "peers"))
+        for name, said in (("chatloss", ours), ("peers", others), *others.items()):
+            if isinstance(said, dict) and ("error" in said or said.get("rejected")):
+                print(f"{pair} {data} {name}: {said.get('error') or said}", file=sys.stderr)
+        if "error" not in ours:
+            print(f"| {' | '.join([pair, data, *line(ours, others)])} |", flush=True)
+
+
+def compared(lines: list[tuple[str, str]], encoder: str) -> None:
+    print("| pair | chats | number | rows | tokens | differing |\n| --- | --- | ---: | ---: | ---: | ---: |")
+    differing = 0
+    for pair, data in lines:
+        made = measure("equal", pair, data, encoder)
+        differing += made.get("differing", 1)
+        cells = [str(made.get(name, "-")) for name in ("chats", "rows", "tokens", "differing")]
+        print(f"| {' | '.join([pair, data, *cells])} |{made.get('error', '')}", flush=True)
+    sys.exit(1 if differing else 0)
 
 
 if __name__ == "__main__":

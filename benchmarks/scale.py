@@ -16,15 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
-from typing import Any
 
 import orjson
 from tests import assets
 
-from benchmarks.prepare import CHATS, THREADS, own_template
+from benchmarks.prepare import CHATS, THREADS, own_template, varied
 
 
 def write_chats(path: Path, size: int, data: str) -> None:
@@ -37,22 +34,6 @@ def write_chats(path: Path, size: int, data: str) -> None:
             written += len(line)
             if written >= size:
                 return
-
-
-def varied(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The chats without end, never with the same text."""
-    for n in count():
-        for row in rows:
-            yield {**row, "messages": [
-                {**m, "content": f"{n} {turned(m['content'], n)}"} if isinstance(m.get("content"), str) else m
-                for m in row["messages"]
-            ]}
-
-
-def turned(text: str, n: int) -> str:
-    words = text.split(" ")
-    at = n % len(words)
-    return " ".join([*words[at:], *words[:at]])
 
 
 def tree_pss(root: int) -> int:
