@@ -1,8 +1,9 @@
-"""Where the parts of an answer stand in a rendered text, and which of them are missing."""
+"""Where the parts of an answer stand in a rendered text, which of them are missing, and what stands between them."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,10 +11,12 @@ from typing import Any, Protocol
 from chatloss.chat import Message, ToolCall, split_think
 from chatloss.sample import Reason
 
-__all__ = ["Field", "Missing", "common_prefix", "fields_of", "locate", "present"]
+__all__ = ["Field", "Missing", "common_prefix", "fields_of", "locate", "present", "reasons"]
 
 # A field this short may occur by chance in a header or a tag, so its place is proven by rendering another in its stead.
 SHORT = 16
+# A closing tag, with the space around it.
+_CLOSING = re.compile(r"\s*</[^<>]*>\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +120,39 @@ def proven_place(field: Field, text: str, render_with: Callable[[str], str | Non
     if text.startswith(field.text, start) and other.startswith(marked(field), start):
         return start, start + len(field.text)
     return None
+
+
+def reasons(found: Located, own: str, start: int, end: int, headless: bool) -> list[tuple[int, int, Reason]]:
+    """Spans over own[start:end], relative to start: markup around a field takes the reason of what it belongs to."""
+    spans: list[tuple[int, int, Reason]] = []
+    at = start
+    for i, (_, field_end, reason) in enumerate(found):
+        field_start = max(found[i][0], at)
+        if field_start > at:
+            if i == 0:
+                first = Reason.HEADER if headless or reason == Reason.CONTENT else reason
+                spans.append((at - start, field_start - start, first))
+            else:
+                spans += _markup(found[i - 1][2], reason, own, (at, field_start), start)
+        if field_end > field_start:
+            spans.append((field_start - start, field_end - start, reason))
+        at = max(at, field_end)
+    if end > at:
+        last = found[-1][2] if found else Reason.HEADER
+        spans.append((at - start, end - start, last))
+    return spans
+
+
+def _markup(
+    before: Reason, after: Reason, own: str, place: tuple[int, int], start: int
+) -> list[tuple[int, int, Reason]]:
+    """Spans for what stands between two fields: a closing tag belongs to what it closes, the rest to calls first."""
+    a, b = place
+    closing = _CLOSING.match(own, a, b)
+    middle = closing.end() if closing and before == Reason.REASONING else a
+    rest = after if after == Reason.CALL or middle > a else before
+    spans = [(a - start, middle - start, before), (middle - start, b - start, rest)]
+    return [span for span in spans if span[1] > span[0]]
 
 
 def common_prefix(a: str, b: str) -> int:

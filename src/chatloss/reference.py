@@ -25,6 +25,7 @@ from chatloss.fields import (
     needs_proof,
     present,
     proven_place,
+    reasons,
 )
 from chatloss.sample import Reason
 from chatloss.template import ChatTemplate, Stop
@@ -33,6 +34,7 @@ from chatloss.traced import World
 __all__ = ["Rendering", "Stops", "Turn", "View", "engine_message"]
 
 T = TypeVar("T")
+_ENDING = re.compile(r"(<\|[^<>|]+\|>|<｜[^<>｜]+｜>)\s*\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +47,12 @@ class Stops:
 
     def end(self, text: str, start: int) -> int | None:
         """Where the first stop at or after `start` ends; of two that overlap, the one that ends first."""
-        ends = [(at, at + len(stop)) for stop in self.texts if (at := text.find(stop, start)) >= 0]
-        return min(ends, key=lambda place: place[1])[1] if ends else None
+        end: int | None = None
+        for stop in self.texts:
+            at = text.find(stop, start, end)
+            if at >= 0:
+                end = at + len(stop)
+        return end
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +274,7 @@ class Rendering:
         else:
             stop_start = end - max([len(stop) for stop in self.stops.texts if own.endswith(stop, 0, end)])
         target = own[start:end] + stop
-        spans = _reasons(found, own, start, stop_start, headless=self._headless(index))
+        spans = reasons(found, own, start, stop_start, headless=self._headless(index))
         if len(target) > stop_start - start:
             spans.append((stop_start - start, len(target), Reason.STOP))
         trimmed = any(
@@ -361,40 +367,3 @@ def with_field(message: Message, field: Field, other: str) -> Message | None:
         calls[field.call] = replace(calls[field.call], name=other)
         return replace(message, tool_calls=tuple(calls))
     return None
-
-
-def _reasons(found: Located, own: str, start: int, end: int, headless: bool) -> list[tuple[int, int, Reason]]:
-    """Spans over own[start:end], relative to start: markup around a field takes the reason of what it belongs to."""
-    spans: list[tuple[int, int, Reason]] = []
-    at = start
-    for i, (_, field_end, reason) in enumerate(found):
-        field_start = max(found[i][0], at)
-        if field_start > at:
-            if i == 0:
-                first = Reason.HEADER if headless or reason == Reason.CONTENT else reason
-                spans.append((at - start, field_start - start, first))
-            else:
-                spans += _markup(found[i - 1][2], reason, own, (at, field_start), start)
-        if field_end > field_start:
-            spans.append((field_start - start, field_end - start, reason))
-        at = max(at, field_end)
-    if end > at:
-        last = found[-1][2] if found else Reason.HEADER
-        spans.append((at - start, end - start, last))
-    return spans
-
-
-def _markup(
-    before: Reason, after: Reason, own: str, place: tuple[int, int], start: int
-) -> list[tuple[int, int, Reason]]:
-    """Spans for what stands between two fields: a closing tag belongs to what it closes, the rest to calls first."""
-    a, b = place
-    closing = _CLOSING.match(own, a, b)
-    middle = closing.end() if closing and before == Reason.REASONING else a
-    rest = after if after == Reason.CALL or middle > a else before
-    spans = [(a - start, middle - start, before), (middle - start, b - start, rest)]
-    return [span for span in spans if span[1] > span[0]]
-
-
-_ENDING = re.compile(r"(<\|[^<>|]+\|>|<｜[^<>｜]+｜>)\s*\Z")
-_CLOSING = re.compile(r"\s*</[^<>]*>\s*")
