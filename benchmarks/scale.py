@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import orjson
@@ -79,6 +80,18 @@ def measure(size: int, options: argparse.Namespace) -> dict[str, float]:
         }
 
 
+def costs(rate: float, cores: int, price: float, network: float) -> Iterator[str]:
+    """What 1 TB of chats takes, as a table: `rate` is MB of input per second of a core, `network` GB/s of a node."""
+    core_hours = 1e6 / rate / 3600
+    yield f"| nodes of {cores} cores | first reading | encoding | core-hours | at {price:g} $ per core-hour |"
+    yield "| ---: | ---: | ---: | ---: | ---: |"
+    for nodes in (1, 10, 100):
+        reading, encoding = 1000 / network / nodes, core_hours * 3600 / cores / nodes
+        # Every node is paid for from the beginning to the end.
+        paid = (reading + encoding) / 3600 * cores * nodes
+        yield (f"| {nodes} | {reading / 60:.1f} min | {encoding / 60:.1f} min | {paid:.0f} | {paid * price:.2f} $ |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 500, 2000])
@@ -87,7 +100,15 @@ def main() -> None:
     parser.add_argument("--data", default="plain", choices=list(CHATS))
     parser.add_argument("--gzip", action="store_true", help="compressed input, which the main process reads")
     parser.add_argument("--folder", help="where the temporary folder is made")
+    parser.add_argument("--cost", type=float, metavar="RATE",
+                        help="measure nothing: what 1 TB takes at that many MB of input per second of a core")
+    parser.add_argument("--cores", type=int, default=32, help="of a node")
+    parser.add_argument("--price", type=float, default=0.05, help="in dollars, of a core for an hour")
+    parser.add_argument("--network", type=float, default=1.0, help="GB per second that a node reads")
     options = parser.parse_args()
+    if options.cost:
+        print("\n".join(costs(options.cost, options.cores, options.price, options.network)))
+        return
     print("| input MB | seconds | CPU seconds | MB per CPU second | peak PSS MiB | of it, second quarter | shards MB |")
     print("| ---: " * 7 + "|")
     for megabytes in options.megabytes:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from chatloss import folders, shards
 from chatloss import prepare as preparing
-from chatloss.dataset import Prepared
+from chatloss.dataset import Prepared, is_prepared
 from chatloss.demo import chats_file, tokenizer_directory
 from chatloss.errors import DataError
 from chatloss.folders import Folder
@@ -137,6 +137,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 def test_rows_are_read_from_this_machine_only(tmp_path: Path) -> None:
     prepare(["chats.jsonl"], "out", JOB)
+    assert is_prepared((tmp_path / "out").as_uri()) and not is_prepared((tmp_path / "chats.jsonl").as_uri())
     with pytest.raises(DataError, match="from this machine") as caught:
         Prepared((tmp_path / "out").as_uri())
     assert "copy" in caught.value.hint

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from chatloss.columns import SPANS, schema, table
 from chatloss.errors import DataError
-from chatloss.folders import Folder, is_uri
+from chatloss.folders import Folder, file_size, is_uri
 from chatloss.manifest import MANIFEST, differences, fingerprints, read_manifest
 from chatloss.pairs import Answer, Pair
 from chatloss.sample import Decode, Reason, Sample, Span
@@ -81,6 +81,8 @@ class ShardWriter:
 
 def is_prepared(path: str | Path) -> bool:
     """Whether `path` is a directory that `chatloss prepare` has made, or is making."""
+    if is_uri(str(path)):
+        return file_size(Folder(str(path)).place(MANIFEST)) is not None
     directory = Path(path)
     return (directory / MANIFEST).is_file() or (directory / ".prepare").is_dir()
 
