@@ -42,7 +42,7 @@ COPIES, COPIES_FOR_TWO = 4, 24
 # What takes the time, by the innermost module of ours that runs.
 STAGES = {
     "read": "shards reader streams tables formats chat values",
-    "render": "template sandbox meter traced traced_code worlds varied",
+    "render": "template sandbox meter traced",
     "ids": "tokens fast_tokens cuts",
     "rows": "reference fields places rows paint window encode sample pipeline policy",
     "write": "columns dataset manifest folders prepare",
@@ -185,10 +185,12 @@ def shares() -> Iterator[dict[str, float]]:
 
     def look(_: int, frame: FrameType | None) -> None:
         nonlocal last
-        while frame and frame.f_globals.get("__name__") not in MODULES:
+        stage = None
+        while frame and stage is None:
+            stage = MODULES.get(".".join(frame.f_globals.get("__name__", "").split(".")[:2]))
             frame = frame.f_back
         now = time.process_time()
-        found[MODULES[frame.f_globals["__name__"]] if frame else "other"] += now - last  # type: ignore[assignment]
+        found[stage or "other"] += now - last  # type: ignore[assignment]
         last = now
 
     made: dict[str, float] = {}

@@ -19,7 +19,7 @@ ORDER = [
     "errors", "values", "chat", "sample", "policy", "formats", "streams", "tables", "folders", "reader", "meter",
     "sandbox", "varied", "worlds", "traced_code", "traced", "template", "fields", "reference", "places", "cuts",
     "tokens", "load", "remembered", "fast_tokens", "rows", "paint", "window", "encode", "markers", "pairs", "pipeline",
-    "reduction", "pack", "batch", "manifest", "columns", "dataset", "shards", "prepare", "cluster",
+    "reduction", "pack", "batch", "manifest", "columns", "dataset", "shards", "runners", "prepare", "cluster",
     # torch starts here
     "loss", "config", "parallel", "step", "attention", "models", "checkpoint", "log", "evaluate", "objective",
     "answers", "references", "preference", "kto", "objectives", "trainer", "verify",

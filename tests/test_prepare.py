@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from chatloss import prepare as preparing
+from chatloss import reader
 from chatloss.dataset import Prepared
 from chatloss.demo import chats_file, tokenizer_directory
 from chatloss.errors import DataError
@@ -92,6 +93,14 @@ def test_too_many_rejects_fail_and_a_larger_share_goes_on_from_there(chats: Path
     assert "--max-rejects 0.071" in caught.value.hint
     assert Path("out/rejects.jsonl").read_text().count("\n") == 20 and not Path("out/manifest.json").exists()
     assert prepare([str(chats)], "out", JOB, max_rejects=0.071)["counts"]["rejected"] == {"json": 20}
+
+
+def test_rejects_that_are_not_kept_are_counted(chats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "KEPT_REJECTS", 3)
+    chats.write_text(chats.read_text() + "broken\n" * 20)
+    prepare([str(chats)], "out", JOB, max_rejects=0.1)
+    *_, last = lines = Path("out/rejects.jsonl").read_text().splitlines()
+    assert len(lines) == 4 and json.loads(last) == {"kind": "more", "what": "17 further rejects"}
 
 
 @pytest.mark.usefixtures("small")

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from chatloss.errors import ChatlossError, UsageError
-from chatloss.prepare import Runner
+from chatloss.runners import Runner
 from chatloss.shards import Shard
 
 __all__ = ["on_ray"]

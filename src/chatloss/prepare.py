@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import pickle
 import re
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import islice
-from multiprocessing import get_context, parent_process
 from pathlib import Path, PurePath
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from chatloss.dataset import ShardWriter
 from chatloss.encode import ChatEncoder
@@ -45,6 +41,7 @@ from chatloss.manifest import (
 from chatloss.markers import Markers
 from chatloss.pipeline import Encoded, records
 from chatloss.policy import Policy
+from chatloss.runners import Runner, in_processes, in_threads
 from chatloss.shards import (
     Input,
     Shard,
@@ -58,7 +55,7 @@ from chatloss.shards import (
     with_blocks,
 )
 
-__all__ = ["Job", "Runner", "prepare", "run_shard"]
+__all__ = ["Job", "prepare", "run_shard"]
 
 WORK = ".prepare"  # what is done so far; gone when all is
 UNEQUAL = f"{WORK}/unequal.json"  # a text on which the fast encoder was seen to differ
@@ -68,15 +65,6 @@ DONE = re.compile(re.escape(WORK) + r"/[0-9]+\.json")
 READERS = 16  # markers that are read at the same time: each is a request where storage is remote
 FAST_BYTES = 8 * 2**20  # of input, for which loading the fast encoder takes less time than it saves
 Progress = Callable[[int, Counts], None]
-T = TypeVar("T")
-
-
-class Runner(Protocol):
-    """Calls a function of every shard, anywhere and in any order, and gives each shard (its payload no more) with what
-    the function returned. It holds few shards at a time.
-    """
-
-    def __call__(self, function: Callable[[Shard], T], shards: Iterator[Shard], /) -> Iterator[tuple[Shard, T]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +179,7 @@ def prepare(
 
     def known(some: Sequence[Input]) -> list[Input]:
         blocks = blocks_of(some, size)
-        return with_blocks(some, runner(hashed, blocks) if runner else _in_threads(hashed, blocks, workers))
+        return with_blocks(some, runner(hashed, blocks) if runner else in_threads(hashed, blocks, workers))
 
     inputs = known(inputs)
     about = {**job.describe(encoder), "inputs": [one.to_dict() for one in inputs], "shard_bytes": size}
@@ -205,7 +193,7 @@ def prepare(
         job = replace(job, backend="reference")
     tokenizer = Path(job.tokenizer)  # workers may run somewhere else
     job = replace(job, clock=clock, tokenizer=str(tokenizer.absolute()) if tokenizer.exists() else job.tokenizer)
-    run = runner or (partial(_in_processes, workers=workers) if workers > 1 else None)
+    run = runner or (partial(in_processes, workers=workers) if workers > 1 else None)
     told = progress(total_bytes if all(one.lines for one in inputs) else 0) if progress else None
     note = note or (lambda text: None)
     here: ChatEncoder | None = None
@@ -351,48 +339,6 @@ def _kept_encoder(job: bytes) -> ChatEncoder:
     return found.encoder()
 
 
-def _in_threads(function: Callable[[Shard], T], shards: Iterator[Shard], workers: int) -> Iterator[tuple[Shard, T]]:
-    with ThreadPoolExecutor(workers) as pool:
-        some = list(shards)
-        yield from zip(some, pool.map(function, some), strict=True)
-
-
-def _in_processes(function: Callable[[Shard], T], shards: Iterator[Shard], workers: int) -> Iterator[tuple[Shard, T]]:
-    """The function of every shard as they get done, in `workers` processes; at most two shards for each are held."""
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent)
-    running: dict[Future[T], Shard] = {}
-    try:
-        for shard in shards:
-            running[pool.submit(function, shard)] = replace(shard, payload=())
-            if len(running) >= 2 * workers:
-                yield from _ended(running)
-        while running:
-            yield from _ended(running)
-    except BrokenProcessPool:
-        hint = ("was it killed for want of memory? The same command goes on where it stopped; try fewer --workers. A "
-                "script that calls prepare needs: if __name__ == '__main__'")
-        raise ChatlossError("a worker process died", where="--workers", hint=hint, kind="worker") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _ended(running: dict[Future[T], Shard]) -> list[tuple[Shard, T]]:
-    done, _ = wait(running, return_when=FIRST_COMPLETED)
-    return [(running.pop(future), future.result()) for future in done]
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    threading.Thread(target=_wait_for_parent, daemon=True).start()
-
-
-def _wait_for_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
 # -- when all is done --------------------------------------------------------------------------------------------------
 
 
@@ -405,6 +351,9 @@ def _finish(folder: Folder, about: dict[str, Any], total: Counts, n: int, max_re
             for reject in marker["rejects"]:
                 first = first or reject
                 file.write(json.dumps(reject, ensure_ascii=False) + "\n")
+            more = sum(marker["counts"]["rejected"].values()) - len(marker["rejects"])
+            if more:  # a reader keeps only so many
+                file.write(json.dumps({"kind": "more", "what": f"{more} further rejects"}) + "\n")
     if [shard["file"] for shard in shards] != [shard_file(i) for i in range(n)]:
         raise ChatlossError("shards are gone that were there before", where=folder.name, kind="changed",
                             hint="does another process write here? The same command makes what is missing")
