@@ -69,6 +69,11 @@ class FlatTokens(FastTokens):
         reason = _not_byte_level(spec) or _too_large(spec)
         if reason:
             raise TokenizerError(f"the fast encoder cannot tell offsets: {reason}", hint="--encoder reference")
+        self._composes = "NFC" in json.dumps(spec.get("normalizer"))
+        self._sizes = _byte_sizes(spec)
+        late = {token["content"] for token in spec["added_tokens"] if token.get("normalized")}
+        self._unlike = overlaps(set(self.added) - late, late)
+        del spec  # before the library takes as much memory again
         try:
             import fastokens
 
@@ -77,10 +82,6 @@ class FlatTokens(FastTokens):
             raise TokenizerError("the fast encoder is not installed", hint="pip install fastokens") from None
         except Exception as error:  # the library raises plain exceptions for what it does not support
             raise TokenizerError(f"the fast encoder refuses: {error}", hint="--encoder reference") from None
-        self._composes = "NFC" in json.dumps(spec.get("normalizer"))
-        self._sizes = _byte_sizes(spec)
-        late = {token["content"] for token in spec["added_tokens"] if token.get("normalized")}
-        self._unlike = overlaps(set(self.added) - late, late)
         self._encoded = self._next_sample = self.fell_back = 0
         fact = _checked(serialised, [*_texts(self.added)])
         if not remembered("equal", fact):
