@@ -17,7 +17,7 @@ PACKAGE = Path(chatloss.__file__).parent
 # Imports only ever point upward in this list.
 ORDER = [
     "errors", "values", "chat", "sample", "policy", "formats", "streams", "tables", "folders", "reader", "meter",
-    "sandbox", "varied", "worlds", "traced_code", "traced", "template", "fields", "reference", "places", "cuts",
+    "sandbox", "traced", "template", "fields", "reference", "places", "cuts",
     "tokens", "load", "remembered", "fast_tokens", "rows", "paint", "window", "encode", "markers", "pairs", "pipeline",
     "reduction", "pack", "batch", "manifest", "columns", "dataset", "shards", "runners", "prepare", "cluster",
     # torch starts here

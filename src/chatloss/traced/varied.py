@@ -19,13 +19,13 @@ class Unproven(Exception):
 
 
 class Varied:
-    """A value by worlds: `facets` are (mask, value), of which the first that has a world's bit holds.
+    """A value by worlds: `facets` are (mask, value), whose masks are apart.
 
     If `items` is not None the values are lists that begin alike: item `i` is ``items[i]`` in the worlds of
     ``longer[i]``, and the others have no such item; `sizes` are their lengths by world, `length` their length as a
     value. `items` may be varied themselves. If `lazy` is not None it gives the value in the worlds that run, of those
-    in `born`; `known` is what it gave. `whole`: all values are integers. `mask`: the facets are apart and make up just
-    these worlds (0: not known).
+    in `born`; `known` is what it gave. `whole`: all values are integers. `mask`: the worlds of
+    all facets (-1: not known).
     """
 
     __slots__ = ("_facets", "_make", "born", "items", "known", "lazy", "length", "longer", "mask", "sizes", "whole")
@@ -39,7 +39,7 @@ class Varied:
     length: Any
     sizes: Facets
 
-    def __init__(self, facets: Facets, mask: int = 0, whole: bool = False) -> None:
+    def __init__(self, facets: Facets, mask: int = -1, whole: bool = False) -> None:
         self._facets = facets
         self.mask = mask
         self.whole = whole

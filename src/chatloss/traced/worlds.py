@@ -17,76 +17,24 @@ from jinja2.runtime import LoopContext, Undefined
 from jinja2.utils import missing
 
 from chatloss.meter import Exceeded
-from chatloss.varied import Buffer, Facets, Unproven, Varied, merged
+from chatloss.traced.loop import Loop
+from chatloss.traced.varied import Buffer, Facets, Unproven, Varied, merged
 
-__all__ = ["Loop", "Worlds"]
+__all__ = ["Worlds"]
 
+_SIZED = frozenset((list, tuple, str, dict, range, type({}.keys()), type({}.values()), type({}.items())))
 _ALONE = (Exceeded, RecursionError, MemoryError)
-
-
-class Loop:
-    """``loop`` in a loop over a list that worlds have more or less of."""
-
-    __slots__ = ("_items", "_worlds", "index0")
-
-    def __init__(self, worlds: Worlds, items: Varied) -> None:
-        self._worlds = worlds
-        self._items = items
-        self.index0 = -1
-
-    @property
-    def index(self) -> int:
-        return self.index0 + 1
-
-    @property
-    def first(self) -> bool:
-        return self.index0 == 0
-
-    @property
-    def length(self) -> Any:
-        return self._worlds.length(self._items)
-
-    @property
-    def last(self) -> Any:
-        longer, worlds = self._items.longer, self._worlds
-        more = (longer[self.index] if self.index < len(longer) else 0) & worlds.mask
-        return not more if more in (0, worlds.mask) else Varied([(more, False), (worlds.mask ^ more, True)])
-
-    @property
-    def revindex(self) -> Any:
-        return self._worlds.lift(lambda length: length - self.index0, self.length)
-
-    @property
-    def revindex0(self) -> Any:
-        return self._worlds.lift(lambda length: length - self.index, self.length)
-
-    @property
-    def nextitem(self) -> Any:
-        return self._worlds.item(self._items, self.index, Undefined("there is no next item"))
-
-    @property
-    def previtem(self) -> Any:
-        if self.index0 == 0:
-            return Undefined("there is no previous item")
-        return self._worlds.item(self._items, self.index0 - 1, None)
-
-    @property
-    def depth(self) -> int:
-        return 1
-
-    @property
-    def depth0(self) -> int:
-        return 0
 
 
 class Worlds:
     """The worlds of one traced rendering: for which of them code runs (`mask`), and how values differ between them.
 
-    `out`: those that have left the current iteration; `broken`: the current loop. `dead`: those that raised something,
-    or may have; `refused`: what they did raise, where it is known.
+    `left` has for each loop that runs which worlds have left the current iteration, and which the loop. `dead`: those
+    that raised something, or may have; `refused`: what they did raise, where it is known. `spaces`: the namespaces, and
+    in which worlds they were made.
     """
 
-    __slots__ = ("all", "broken", "buffer", "dead", "mask", "out", "refused", "spaces", "tick")
+    __slots__ = ("all", "buffer", "dead", "left", "mask", "refused", "spaces", "tick")
 
     def __init__(self, tick: Callable[[int], None]) -> None:
         self.tick = tick
@@ -95,7 +43,8 @@ class Worlds:
     def begin(self, count: int) -> None:
         """Start with `count` worlds."""
         self.all = self.mask = (1 << count) - 1
-        self.out = self.broken = self.dead = 0
+        self.dead = 0
+        self.left = [[0, 0]]
         self.buffer = Buffer()
         self.spaces: dict[int, tuple[Any, int]] = {}
         self.refused: list[tuple[int, Exception]] = []
@@ -136,7 +85,7 @@ class Worlds:
         """The facets of `value` in all the worlds that have it."""
         if value.lazy is None:
             return value.facets
-        entry, self.mask = self.mask, value.born
+        entry, self.mask = self.mask, value.born & ~self.dead
         found = self.seen(value)
         self.mask = entry
         return found
@@ -148,12 +97,19 @@ class Worlds:
         found = self.seen(value)
         return found[0][1] if len(found) == 1 else merged(found)
 
-    def name(self, value: Varied, name: str, undefined: Callable[..., Any]) -> Any:
-        """`see` for a variable, which may not be set in some of the worlds."""
+    def named(self, value: Varied, undefined: Callable[[], Any]) -> Any:
+        """`see` for a variable or attribute, which may not be set in some of the worlds."""
         value = self.see(value)
         if type(value) is Varied and value.items is None:
-            return merged([(m, undefined(name=name) if one is missing else one) for m, one in value.facets])
-        return undefined(name=name) if value is missing else value
+            facets = self.seen(value)
+            if any(one is missing for _, one in facets):
+                return merged([(mask, undefined() if one is missing else one) for mask, one in facets])
+            return value
+        return undefined() if value is missing else value
+
+    def name(self, value: Varied, name: str, undefined: Callable[..., Any]) -> Any:
+        """`named` for a variable."""
+        return self.named(value, partial(undefined, name=name))
 
     def put(self, before: Any, value: Any) -> Any:
         """A variable that was `before` after `value` was assigned to it in the worlds that run."""
@@ -173,18 +129,27 @@ class Worlds:
                 lambda *given: function(*given[len(names) :], **dict(zip(names, given, strict=False))),
                 *kwargs.values(), *args,
             )
-        entry, found, given = self.mask, [], list(args)
+        entry, depth, found, given = self.mask, len(self.left), [], list(args)
         last = not kwargs and not any(type(one) is Varied for one in args[at + 1 :])
         for mask, one in self.seen(args[at]):
             given[at] = one
-            self.mask = mask  # if it raises, it does so in these worlds
-            made = function(*given) if last else self.lift(function, *given, **kwargs)
+            self.mask = mask
+            try:
+                made = function(*given) if last else self.lift(function, *given, **kwargs)
+            except Exception as error:
+                self.die((mask, depth), error)
+                continue
             if type(made) is Varied:
                 found += self.seen(made)
             else:
-                found.append((mask, made))
-        self.mask = entry
+                found.append((self.mask, made))
+        self._return_to(entry)
         return merged(found)
+
+    def _return_to(self, entry: int) -> None:
+        """Go on with the worlds that ran before, but for those that have died since."""
+        self.mask = entry & ~self.dead
+        self.somebody()
 
     def lookup(self, value: Varied, key: str) -> Any:
         """``value[key]`` where that is a dict's in all worlds, else `missing`."""
@@ -229,13 +194,17 @@ class Worlds:
         """``yes() if test else no()``."""
         if type(test) is not Varied:
             return yes() if test else no()
-        entry, found = self.mask, []
+        entry, depth, found = self.mask, len(self.left), []
         for mask, function in zip(self._sides(test), (yes, no), strict=True):
             if mask:
                 self.mask = mask
-                made = function()
-                found += self.seen(made) if type(made) is Varied else [(mask, made)]
-        self.mask = entry
+                try:
+                    made = function()
+                except Exception as error:
+                    self.die((mask, depth), error)
+                    continue
+                found += self.seen(made) if type(made) is Varied else [(self.mask, made)]
+        self._return_to(entry)
         return merged(found)
 
     def _sides(self, test: Varied) -> tuple[int, int]:
@@ -314,40 +283,52 @@ class Worlds:
 
     # -- statements ------------------------------------------------------------------------------------------------
 
-    def branches(self, choice: Varied) -> Iterator[Any]:
+    def branches(self, choice: Varied, numbered: bool) -> Iterator[Any]:
         """The branches that worlds take, one after the other, each run for the worlds that take it."""
         entry = self.mask
         taken: dict[Any, int] = {}
         for mask, value in self.seen(choice):
-            value = value if type(value) is int else bool(value)
+            value = value if numbered else bool(value)
             taken[value] = taken.get(value, 0) | mask
         for value, mask in taken.items():
             self.mask = mask
             yield value
-        self.mask = entry & ~(self.out | self.dead)
-        if not self.mask and entry & self.dead:
+        self.mask = entry & ~(self.left[-1][0] | self.dead)
+
+    def somebody(self) -> None:
+        """Raise if no world runs any more."""
+        if not self.mask:
             raise Unproven("no world is left")
 
     def leave(self, whole: bool) -> None:
         """``break`` (`whole`) or ``continue`` in the worlds that run."""
-        self.out |= self.mask
+        left = self.left[-1]
+        left[0] |= self.mask
         if whole:
-            self.broken |= self.mask
+            left[1] |= self.mask
         self.mask = 0
 
-    def die(self, mask: int, error: Exception) -> None:
-        """Give the worlds of `mask` up: in those that ran, `error` was raised, and what the others do is not known."""
+    def mark(self) -> tuple[int, int]:
+        """What `die` has to know of the place before something that may fail."""
+        return self.mask, len(self.left)
+
+    def die(self, mark: tuple[int, int], error: Exception) -> None:
+        """Give the worlds of a mark up: in those that ran, `error` was raised, and what the others do is not known."""
         if isinstance(error, _ALONE):
             raise error
         if not isinstance(error, Unproven):
             self.refused.append((self.mask, error))
+        mask, depth = mark
+        del self.left[depth:]
         self.dead |= mask
         self.mask = 0
 
     def loop(self, values: Any, cost: int, extended: bool, leaving: bool) -> Iterable[Any]:
-        """What a ``for`` goes through: items, or (item, loop) if `extended`. `leaving`: it may be left early."""
+        """What a ``for`` goes through: items, or (item, loop) if `extended`. `leaving`: worlds may leave it early."""
         if type(values) is Varied:
-            return self._together(values, cost, extended)
+            values = values if values.items is not None else self._as_lists(values)
+            self.tick((len(values.longer) + 1) * cost)
+            return self._together(values, extended)
         if isinstance(values, list | tuple | dict | str):
             self.tick((len(values) + 1) * cost)
         else:
@@ -356,41 +337,30 @@ class Worlds:
         return self._alone(items) if leaving else items
 
     def _alone(self, items: Iterable[Any]) -> Iterator[Any]:
-        entry, outer = self.mask, (self.out, self.broken)
-        self.broken = 0
+        entry, left = self.mask, [0, 0]
+        self.left.append(left)
         for item in items:
-            self.out = 0
-            self.mask = entry & ~(self.broken | self.dead)
+            left[0] = 0
+            self.mask = entry & ~(left[1] | self.dead)
             if not self.mask:
                 break
             yield item
-        self._left(entry, outer)
+        self.left.pop()
+        self._return_to(entry)
 
-    def _together(self, values: Varied, cost: int, extended: bool) -> Iterator[Any]:
-        if values.items is None:
-            values = self._as_lists(values)
-        entry, outer = self.mask, (self.out, self.broken)
-        self.broken = 0
-        loop = Loop(self, values)
-        items, longer = values.items, values.longer
+    def _together(self, values: Varied, extended: bool) -> Iterator[Any]:
+        entry, left = self.mask, [0, 0]
+        self.left.append(left)
+        items, longer, loop = values.items, values.longer, Loop(self, values)
         assert items is not None
-        self.tick((len(items) + 1) * cost)
         for i, item in enumerate(items):
-            self.out = 0
-            self.mask = entry & longer[i] & ~(self.broken | self.dead)
-            if not self.mask:
-                if not entry & longer[i] & ~self.dead:
-                    break
-                continue
-            loop.index0 = i
-            yield (item, loop) if extended else item
-        self._left(entry, outer)
-
-    def _left(self, entry: int, outer: tuple[int, int]) -> None:
-        self.out, self.broken = outer
-        self.mask = entry & ~self.dead
-        if not self.mask:
-            raise Unproven("no world is left")
+            left[0] = 0
+            self.mask = entry & longer[i] & ~(left[1] | self.dead)
+            if self.mask:
+                loop.index0 = i
+                yield (item, loop) if extended else item
+        self.left.pop()
+        self._return_to(entry)
 
     def _as_lists(self, values: Varied) -> Varied:
         """Varied iterables as varied items."""
@@ -413,7 +383,7 @@ class Worlds:
 
 
 def _iterable(value: Any) -> Iterable[Any]:
-    if type(value) not in (list, tuple, str, dict, range) and not isinstance(value, Undefined | Iterator):
+    if type(value) not in _SIZED and not isinstance(value, Undefined | Iterator):
         raise Unproven(f"a loop over {type(value).__name__}")
     return value  # type: ignore[no-any-return]
 
