@@ -64,6 +64,7 @@ REJECTS = "rejects.jsonl"
 DONE = re.compile(re.escape(WORK) + r"/[0-9]+\.json")
 READERS = 16  # markers that are read at the same time: each is a request where storage is remote
 FAST_BYTES = 8 * 2**20  # of input, for which loading the fast encoder takes less time than it saves
+TOLD_BYTES = 10**10  # of input, which takes so long to hash that it should be said
 Progress = Callable[[int, Counts], None]
 
 
@@ -161,7 +162,7 @@ def prepare(
     workers: int = 1, fresh: bool = False, progress: Callable[[int], Progress] | None = None,
     note: Callable[[str], None] | None = None, runner: Runner | None = None,
 ) -> dict[str, Any]:
-    """Prepare `data` (paths, "-", hub ids) into the directory `output`; returns the manifest, which is its last file.
+    """Prepare `data` (paths, URIs, "-", hub ids) into the directory or URI `output`; returns the manifest, its last.
 
     If `output` holds what an earlier call of the same kind has done, the rest is done, whatever the number of
     `workers` (processes; 1: none beside this one). If input, tokenizer, template, policy or a version has changed
@@ -181,6 +182,10 @@ def prepare(
         blocks = blocks_of(some, size)
         return with_blocks(some, runner(hashed, blocks) if runner else in_threads(hashed, blocks, workers))
 
+    note = note or (lambda text: None)
+    total_bytes = sum(one.size for one in inputs)
+    if total_bytes > TOLD_BYTES:
+        note(f"hashing {total_bytes / 1e9:.0f} GB of input first")
     inputs = known(inputs)
     about = {**job.describe(encoder), "inputs": [one.to_dict() for one in inputs], "shard_bytes": size}
     about = json.loads(json.dumps(about))
@@ -188,14 +193,12 @@ def prepare(
     if folder.read(MANIFEST) is not None:
         folder.delete_folder(WORK)
         return read_manifest(folder)
-    total_bytes = sum(one.size for one in inputs)
     if (job.backend == "auto" and total_bytes < FAST_BYTES) or folder.read(UNEQUAL) is not None:
         job = replace(job, backend="reference")
     tokenizer = Path(job.tokenizer)  # workers may run somewhere else
     job = replace(job, clock=clock, tokenizer=str(tokenizer.absolute()) if tokenizer.exists() else job.tokenizer)
     run = runner or (partial(in_processes, workers=workers) if workers > 1 else None)
     told = progress(total_bytes if all(one.lines for one in inputs) else 0) if progress else None
-    note = note or (lambda text: None)
     here: ChatEncoder | None = None
     if run is None or job.backend == "auto":  # which is settled, and told, once
         here = job.encoder(encoder.loaded, note)
