@@ -74,12 +74,13 @@ class ChatEncoder:
     def load(
         cls, tokenizer: Any, chat_template: str | Mapping[str, str] | Path | None = None,
         policy: Policy | None = None, *, template_kwargs: Mapping[str, Any] | None = None,
-        clock: Callable[[], datetime] = datetime.now,
+        clock: Callable[[], datetime] = datetime.now, trace: bool = True,
     ) -> ChatEncoder:
         """An encoder for a directory, hub id, tokenizer object or ``text -> ids`` function.
 
         `chat_template` (a template's text, a file, or several texts by name) replaces the tokenizer's own. `clock` is
-        the time that templates see. Raises `TokenizerError` or `TemplateError`.
+        the time that templates see. `trace`: make all renderings of a conversation in one pass where they are proven
+        equal to the renderings one by one, which is faster. Raises `TokenizerError` or `TemplateError`.
         """
         loaded = tokenizer if isinstance(tokenizer, Loaded) else load_tokenizer(tokenizer)
         source = chat_template if chat_template is not None else loaded.chat_template
@@ -89,7 +90,7 @@ class ChatEncoder:
             raise TokenizerError(
                 f"the tokenizer {loaded.name} has no chat template", hint="give one with --chat-template FILE",
             )
-        template = ChatTemplate(source, loaded.special_tokens, clock)
+        template = ChatTemplate(source, loaded.special_tokens, clock, trace=trace)
         return cls(loaded, template, policy or Policy(), dict(template_kwargs or {}))
 
     @property

@@ -51,6 +51,7 @@ class Source:
     response_template: str = ""
     instruction_template: str = ""
     marker_mode: str = ""
+    trace: bool = True
 
     def encoder(self) -> ChatEncoder:
         from chatloss.encode import ChatEncoder
@@ -58,7 +59,9 @@ class Source:
 
         template = None if self.chat_template is None else Path(self.chat_template)
         policy = Policy.from_dict(self.policy)
-        return ChatEncoder.load(self.tokenizer, template, policy, template_kwargs=self.template_kwargs)
+        return ChatEncoder.load(
+            self.tokenizer, template, policy, template_kwargs=self.template_kwargs, trace=self.trace
+        )
 
     def reader(self, *, lenient: bool = False) -> Reader:
         """`lenient`: never fail because of bad rows, only list them."""
@@ -114,6 +117,7 @@ def _options(data_required: bool) -> list[Callable[[Any], Any]]:
         click.option("--chat-template", metavar="FILE", help="A template instead of the tokenizer's own."),
         click.option("--template-kwargs", metavar="JSON", help='For every chat, e.g. {"enable_thinking": false}.'),
         click.option("--input-format", type=click.Choice(INPUT_FORMATS), help="What a row means; told by default."),
+        click.option("--trace/--no-trace", default=True, help="Render prefixes in one pass, or one by one [trace]."),
         click.option("--max-rejects", type=float, metavar="SHARE", help="Fail beyond this share of bad rows [0.01]."),
         *choices[:3],
         click.option("--role", multiple=True, help="Whose messages are trained [assistant]."),

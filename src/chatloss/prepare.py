@@ -74,7 +74,7 @@ class Job:
 
     `chat_template` is a template's text, or None for the tokenizer's own. `export` is "rows" (all that a `Sample`
     holds) or "labels" (input_ids and labels, for other trainers). `clock` is the time that templates see. `backend`,
-    "reference", "fast" or "auto", is how ids are made, not which.
+    "reference", "fast" or "auto", is how ids are made, not which; `trace` is that of `ChatEncoder.load`.
     """
 
     tokenizer: str
@@ -85,6 +85,7 @@ class Job:
     export: str = "rows"
     clock: str = ""
     backend: str = "reference"
+    trace: bool = True
 
     def encoder(self, loaded: Loaded | None = None, note: Callable[[str], None] | None = None) -> ChatEncoder:
         """The encoder; `loaded` saves reading the tokenizer again. `note` is told why "auto" is the reference."""
@@ -95,7 +96,7 @@ class Job:
         _give_back()
         return ChatEncoder.load(
             loaded, self.chat_template, self.policy, template_kwargs=self.template_kwargs,
-            clock=(lambda: now) if now else datetime.now,
+            clock=(lambda: now) if now else datetime.now, trace=self.trace,
         )
 
     def describe(self, encoder: ChatEncoder) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from jinja2.exceptions import TemplateError as JinjaError
 from jinja2.exceptions import TemplateSyntaxError
 
 from chatloss.chat import REASONING_KEYS
-from chatloss.errors import TemplateError
+from chatloss.errors import ChatlossError, TemplateError
 from chatloss.sandbox import Bounds, Exceeded, Sandbox
 from chatloss.traced import TracedTemplate, Unsupported, World
 
@@ -40,6 +40,8 @@ TOOL = {
 }
 # What looks like a control token where a template writes it: <|x|>, </s>, [INST], <start_of_turn>, and full-width bars.
 MARKER = re.compile(r"<[|｜]?[^<>|｜\s]{1,48}[|｜]?>|<[|｜][^<>]{1,48}[|｜]>|\[/?[A-Z][A-Z_]{1,30}\]")
+# One pass in so many is checked by rendering alone.
+SAMPLE = 256
 _ANOTHER = "the template is hostile or broken: give another with --chat-template FILE"
 # Tags inside an answer look the same and end nothing.
 _INNER = re.compile(r"think|tool|reason|answer|arg|param|function|invoke|escape|^<.{0,2}>$", re.IGNORECASE)
@@ -150,10 +152,37 @@ class ChatTemplate:
             [replace(one, swap=(one.swap[0], _aliased(one.swap[1]))) if one.swap else one for one in worlds],
             tools=None if tools is None else list(tools), documents=None, **{**self.special_tokens, **kwargs},
         )
+        self._compare(messages, worlds, found, tools, kwargs)
         missing = found.count(None)
         self.traced["rendered alone"] += missing
         self.traced["in one pass"] += len(worlds) - missing
         return [_refusal(one) if isinstance(one, Exception) else one for one in found]
+
+    def _compare(
+        self, messages: Messages, worlds: Sequence[World], found: Sequence[str | Exception | None], tools: Any,
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        """Render one of `worlds` alone too, once in `SAMPLE` passes: nobody shall have to believe in the one pass."""
+        self.traced["passes"] += 1
+        if self.traced["passes"] % SAMPLE != 1:
+            return
+        at = self.traced["passes"] // SAMPLE % len(worlds)
+        world, one = worlds[at], found[at]
+        ticking = self.clock is datetime.now and "strftime_now" in self.select(tools)[1]
+        if ticking or not isinstance(one, str):
+            return
+        given = list(messages[: world.count])
+        if world.swap is not None:
+            given[world.swap[0]] = world.swap[1]
+        try:
+            alone = self.render(given, tools, add_generation_prompt=world.prompt, **kwargs)
+        except TemplateError:
+            alone = None
+        if alone != one:
+            raise ChatlossError(
+                "the template rendered in one pass differs from the template rendered alone",
+                hint="--no-trace, and please report this template", kind="trace",
+            )
 
     @property
     def _passes(self) -> dict[str, TracedTemplate | None]:

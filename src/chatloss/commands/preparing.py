@@ -45,7 +45,7 @@ def prepare(source: Source, output: str, workers: int, ray: str | None, export: 
         tokenizer=source.tokenizer, chat_template=None if template is None else read_template(Path(template)),
         template_kwargs=source.template_kwargs, policy=Policy.from_dict(source.policy),
         markers=source.markers(source.encoder()) if source.response_template else None, export=export,
-        backend=encoder,
+        backend=encoder, trace=source.trace,
     )
     manifest = preparing.prepare(
         source.data, output, job, input_format=source.input_format, max_rejects=source.max_rejects, workers=workers,
