@@ -155,6 +155,13 @@ def test_a_uri_that_cannot_be_read_is_named(data: str, what: str) -> None:
     assert caught.value.where.startswith(data)
 
 
+@pytest.mark.parametrize("output", ["chats.jsonl/out", "nowhere://bucket/out"])
+def test_an_output_that_cannot_be_written_is_named(output: str) -> None:
+    with pytest.raises(DataError, match=r"cannot be (written|reached)") as caught:
+        prepare(["chats.jsonl"], output, JOB)
+    assert caught.value.where == output
+
+
 # -- changes while it runs --
 
 

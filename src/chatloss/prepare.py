@@ -173,8 +173,12 @@ def prepare(
     is told in words what the user should know. `runner` does the shards somewhere else, see `chatloss.cluster`.
     """
     folder = Folder(str(output))
-    _clear(folder, fresh)
-    folder.make(WORK, "shards")
+    try:
+        _clear(folder, fresh)
+        folder.make(WORK, "shards")
+    except OSError as error:
+        what = f"the output cannot be written: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"
+        raise DataError(what, where=folder.name, hint="check the path and its permissions", kind="output") from None
     inputs = inputs_of(data, input_format, folder, f"{WORK}/")
     size = shard_bytes(inputs)
     encoder = replace(job, backend="reference").encoder()
