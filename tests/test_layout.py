@@ -17,8 +17,9 @@ PACKAGE = Path(chatloss.__file__).parent
 # Imports only ever point upward in this list.
 ORDER = [
     "errors", "values", "chat", "sample", "policy", "formats", "streams", "tables", "folders", "reader", "meter",
-    "sandbox", "traced", "template", "fields", "reference", "places", "cuts",
-    "tokens", "load", "remembered", "fast_tokens", "rows", "paint", "window", "encode", "markers", "pairs", "pipeline",
+    "sandbox", "traced", "template", "fields", "reference", "typed", "places", "cuts",
+    "tokens", "load", "remembered", "fast_tokens", "literal", "rows", "paint", "window", "encode", "markers", "pairs",
+    "pipeline",
     "reduction", "pack", "batch", "manifest", "columns", "dataset", "shards", "runners", "prepare", "cluster",
     # torch starts here
     "loss", "config", "parallel", "step", "attention", "models", "checkpoint", "log", "evaluate", "objective",

@@ -91,7 +91,7 @@ CAUSES: Mapping[str, Cause] = {
     "unrenderable_tokenizer": Cause("error", "turn", "the template needs a special token that the tokenizer lacks",
                                     "give the tokenizer that the template belongs to"),
     "control_tokens": Cause("error", "message", "text holds a control token of this tokenizer or template",
-                            "remove it, or --control-tokens parity"),
+                            "remove it, or --control-tokens literal|parity"),
     "missing_stop": Cause("warning", "turn", "an answer is rendered without a stop, so the model never learns to end",
                           "--missing-stop append"),
     "too_long": Cause("warning", "turn", "a turn does not fit into max_length and is lost",

@@ -193,9 +193,9 @@ class _Audit:
         source, policy = conversation.source, self.encoder.policy
         cut = [i for i, why in encoding.untrained.items() if why == "truncated"]
         for problem in encoding.problems:
-            handled = {"drop": "info", "splice": "info"}.get(getattr(policy, problem.cause, ""), "warning")
+            settled = getattr(policy, problem.cause, "") in ("drop", "splice", "literal")
             place = f"messages[{problem.message}]" if problem.message >= 0 else ""
-            severity = "error" if problem.fatal else handled
+            severity = "error" if problem.fatal else "info" if settled else "warning"
             if problem.cause == "too_long":  # told once for each turn that is lost
                 for i in cut:
                     self.hit("too_long", source, f"messages[{i}]", problem.detail, severity=severity)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from chatloss.chat import Conversation, Message, split_think
 from chatloss.errors import DataError, TemplateError, TokenizerError
+from chatloss.literal import LiteralTokens, PrivateTokens, cannot, why_not_literal
 from chatloss.load import Loaded, load_tokenizer, read_template
 from chatloss.paint import sample
 from chatloss.places import standing
@@ -20,6 +22,7 @@ from chatloss.reference import Rendering, Stops, Turn
 from chatloss.rows import TurnIds, group, turn_ids
 from chatloss.sample import Reason, Sample
 from chatloss.template import ANSWER, USER, ChatTemplate, Stop, control_texts
+from chatloss.typed import Controls, Origin, Typed, TypedRendering, Unproven
 from chatloss.window import fit
 
 __all__ = ["ChatEncoder", "Encoding", "Problem"]
@@ -69,6 +72,11 @@ class ChatEncoder:
     template: ChatTemplate
     policy: Policy = field(default_factory=Policy)
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    typed: Typed | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.policy.control_tokens == "literal" and (why := why_not_literal(self.loaded.tokens)):
+            raise cannot(self.loaded.name, why)
 
     @classmethod
     def load(
@@ -158,15 +166,54 @@ class ChatEncoder:
 
     def rendering(self, conversation: Conversation) -> Rendering:
         """The conversation's prompts and own renderings under this template."""
-        return Rendering(
+        make = Rendering if self.typed is None else partial(TypedRendering, self.typed)
+        return make(
             self.template, conversation, self.stops, missing_stop=self.policy.missing_stop,
             template_kwargs=self.template_kwargs, **self._forms,
         )
 
     def examine(self, conversation: Conversation) -> Encoding:
         """Rows, outcomes and problems of a conversation. Never raises for what a policy decides: problems say it."""
-        rendering = self.rendering(conversation)
         problems = self._control_problems(conversation)
+        if self.policy.control_tokens == "literal":
+            return self._examine_literal(conversation, problems)
+        return self._examine(conversation, problems)
+
+    def _examine_literal(self, conversation: Conversation, problems: list[Problem]) -> Encoding:
+        """The same with sentinels in place of what was typed, where rendering shows which control strings that is."""
+        spelled: dict[Origin, str] = {}
+        while True:
+            typed = self._controls.typed(conversation, self._forms["arguments"], spelled)
+            if typed is None:
+                return self._examine(conversation, problems)
+            try:
+                return _restored(self._with_typed(typed)._examine(typed.conversation, problems[:]), typed)
+            except Unproven as error:
+                if error.respell is not None and error.respell[0] not in spelled:
+                    spelled.update([error.respell])
+                    continue
+                told = f"it cannot be told which control tokens somebody typed here: {error}"
+                remedy = "remove them, or --control-tokens parity to encode them as such"
+                problem = Problem("control_tokens", typed.message, told, remedy, True)
+                return self._examine(conversation, [problem, *problems])
+
+    def _with_typed(self, typed: Typed) -> ChatEncoder:
+        """This encoder for a conversation with sentinels, knowing all that this one has found out."""
+        made = copy(self)
+        tokens = LiteralTokens(self._private_tokens, typed)
+        made.__dict__.update(typed=typed, loaded=replace(self.loaded, tokens=tokens))
+        return made
+
+    @cached_property
+    def _private_tokens(self) -> PrivateTokens:
+        return PrivateTokens(self.loaded.tokens, self.loaded.name)
+
+    @cached_property
+    def _controls(self) -> Controls:
+        return Controls(self.control, "\n".join([str(self.template.source), *self.control]))
+
+    def _examine(self, conversation: Conversation, problems: list[Problem]) -> Encoding:
+        rendering = self.rendering(conversation)
         wanted, untrained = self._wanted(conversation)
         turns = [rendering.turn(i) for i in wanted]
         # The last first: most of the others are parts of it.
@@ -311,7 +358,9 @@ class ChatEncoder:
             texts = [text for text in texts if self._control_pattern.search(text)]
             if texts:
                 held = next(token for token in self._control_order for text in texts if token in text)
-                remedy = "remove it, or --control-tokens parity to encode it as one"
+                remedy = "remove it, or encode it: --control-tokens literal as text, --control-tokens parity as one"
+                if self.policy.control_tokens == "literal":
+                    remedy = "nothing to do: it is encoded as ordinary text"
                 fatal = self.policy.control_tokens == "reject"
                 detail = f"the text holds the control token {held!r}"
                 found.append(Problem("control_tokens", i, detail, remedy, fatal))
@@ -328,6 +377,16 @@ def _texts(message: Message) -> list[str]:
 def _is_inner(text: str) -> bool:
     """Tags inside an answer are no control tokens, even where a tokenizer lists them as special."""
     return any(word in text.lower() for word in ("think", "tool_call", "tool_response"))
+
+
+def _restored(encoding: Encoding, typed: Typed) -> Encoding:
+    """What was found out with sentinels, told with what was typed."""
+    back = typed.restored
+    turns = tuple(
+        replace(turn, prompt=back(turn.prompt), target=back(turn.target), detail=back(turn.detail),
+                engine_prompt=back(turn.engine_prompt)) for turn in encoding.turns)
+    problems = tuple(replace(problem, detail=back(problem.detail)) for problem in encoding.problems)
+    return replace(encoding, problems=problems, turns=turns)
 
 
 def template_error_as_data(error: TemplateError, source: str) -> DataError:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from chatloss.chat import Message, ToolCall, split_think
 from chatloss.sample import Reason
 
-__all__ = ["Field", "Missing", "common_prefix", "fields_of", "locate", "present", "reasons"]
+__all__ = ["Field", "Missing", "common_prefix", "fields_of", "locate", "present", "reasons", "spellings"]
 
 # A field this short may occur by chance in a header or a tag, so its place is proven by rendering another in its stead.
 SHORT = 16
@@ -206,12 +206,12 @@ def _call_pieces(call: ToolCall) -> Iterator[tuple[str, ...]]:
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
-            yield _spellings(arguments.strip())
+            yield spellings(arguments.strip())
             return
     for leaf in _leaves(arguments):
-        spellings = _spellings(leaf)
-        if any(spellings):
-            yield spellings
+        spelled = spellings(leaf)
+        if any(spelled):
+            yield spelled
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -225,7 +225,7 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _spellings(leaf: Any) -> tuple[str, ...]:
+def spellings(leaf: Any) -> tuple[str, ...]:
     """A leaf argument as templates write it: raw, JSON-escaped with and without ASCII only, or a Python literal."""
     if isinstance(leaf, str):
         escaped, ascii_only = json.dumps(leaf, ensure_ascii=False)[1:-1], json.dumps(leaf)[1:-1]

@@ -28,7 +28,7 @@ CHOICES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "off_prompt": (("error", "drop", "keep", "splice"), "Turns whose prompt inference would not show."),
     "altered": (("error", "drop", "keep"), "Turns of which the template drops or changes a part."),
     "unrenderable": (("error", "drop"), "Turns whose prompt the template refuses to render."),
-    "control_tokens": (("reject", "parity"), "Text that holds control tokens."),
+    "control_tokens": (("reject", "parity", "literal"), "Text that holds control tokens."),
     "missing_stop": (("append", "leave", "error"), "Answers that are rendered without a stop."),
     "overflow": (("whole_turns", "window", "right", "drop", "error"), "Rows longer than --max-length."),
     "content_format": (("auto", "string", "parts"), "How messages reach the template."),

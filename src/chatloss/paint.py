@@ -156,7 +156,7 @@ def _strokes(member: TurnIds, data: Message, policy: Policy) -> list[_Stroke]:
     for pattern, factor in policy.spans:
         for a, b, why, _ in strokes[: len(member.turn.spans)]:
             if why in _FIELDS:
-                found, weight = re.finditer(pattern, member.text[a:b]), _float32(factor)
+                found, weight = re.finditer(pattern, member.written[a:b]), _float32(factor)
                 strokes += [(a + m.start(), a + m.end(), None, weight) for m in found if m[0]]
     return strokes
 

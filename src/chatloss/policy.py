@@ -20,7 +20,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "off_prompt": ("error", "drop", "keep", "splice"),
     "altered": ("error", "drop", "keep"),
     "unrenderable": ("error", "drop"),
-    "control_tokens": ("reject", "parity"),
+    "control_tokens": ("reject", "parity", "literal"),
     "missing_stop": ("append", "leave", "error"),
     "overflow": ("whole_turns", "window", "right", "drop", "error"),
     "content_format": ("auto", "string", "parts"),
@@ -41,7 +41,8 @@ class Policy:
     - `off_prompt`, `altered`, `unrenderable`: what to do with a turn of that outcome. "drop" leaves it untrained;
       "keep" trains it in its own rendering although that breaks the law; "splice" writes `splice_format` (any of
       {content}, {reasoning_content}, {stop}) after the prompt.
-    - `control_tokens`: text that holds control tokens is rejected, or encoded as engines that do not sanitise do it.
+    - `control_tokens`: text that holds control tokens is rejected, encoded as control tokens ("parity": as engines do
+      that do not sanitise), or encoded as ordinary text ("literal": as those do that sanitise), see `chatloss.literal`.
     - `missing_stop`: where a rendering ends without a stop, "append" one, "leave" it, or "error".
     - `max_length` (tokens; 0: unlimited) and `overflow`: "whole_turns" cuts a row after the last turn that fits whole,
       "window" leaves the oldest messages after the system message out, "right" cuts anywhere, "drop", "error".

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chatloss.errors import DataError
+from chatloss.literal import LiteralTokens
 from chatloss.reference import Turn
 from chatloss.tokens import Ids, Tokens
 
@@ -35,6 +36,11 @@ class TurnIds:
     ends: npt.NDArray[np.int32] | None
     joined: bool
     tokens: Tokens
+
+    @property
+    def written(self) -> str:
+        """The text that the ids are of: `text`, but for sentinels in place of what users typed."""
+        return _written(self.tokens, self.text)
 
     def tokens_at(self, chars: Sequence[int]) -> tuple[list[int], list[int]]:
         """For each of `chars` the first token that starts at or after it, and the first that holds any of it."""
@@ -79,12 +85,16 @@ def turn_ids(tokens: Tokens, turn: Turn, *, apart: bool = False) -> TurnIds:
     ids = np.concatenate([context.ids, target.ids])
     starts = _joined(context.starts, target.starts, len(turn.prompt))
     ends = _joined(context.ends, target.ends, len(turn.prompt))
-    if tokens.decode(joint.ids.tolist()) == text != tokens.decode(ids.tolist()):
+    if tokens.decode(joint.ids.tolist()) == _written(tokens, text) != tokens.decode(ids.tolist()):
         raise DataError(
             "the tokenizer cannot encode this answer apart from its prompt", where=f"messages[{turn.index}]",
             hint="please report this tokenizer; leave the turn out with train: false", kind="boundary",
         )
     return TurnIds(turn, text, ids, len(context.ids), starts, ends, False, tokens)
+
+
+def _written(tokens: Tokens, text: str) -> str:
+    return tokens.restored(text) if isinstance(tokens, LiteralTokens) else text
 
 
 def _joined(

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from chatloss.cuts import hard_cuts
+from chatloss.cuts import hard_cuts, steps
 from chatloss.errors import TokenizerError
 
 __all__ = ["NOTHING", "CallableTokens", "Encoded", "FastTokens", "Tokens"]
@@ -81,6 +81,7 @@ class FastTokens:
         added = self._tokenizer.get_added_tokens_decoder()
         self.special: Mapping[str, int] = {token.content: i for i, token in added.items() if token.special}
         self.added: Mapping[str, int] = {token.content: i for i, token in added.items()}
+        self.added_tokens: Sequence[Any] = tuple(added.values())
         self._added_ids = np.array(sorted(added), dtype=np.int32)
         self._cuts = hard_cuts(self._tokenizer, added)
         self._reach = max(map(len, self.added), default=0)
@@ -88,6 +89,12 @@ class FastTokens:
         self._is_cut[list(self._cuts)] = True
         self._trunk = _Trunk("", NOTHING, [], [])
         self._short: dict[str, Encoded] = {}
+
+    @property
+    def normalises(self) -> bool:
+        """Whether text is changed before it is cut into words."""
+        normalizer = self._tokenizer.normalizer
+        return normalizer is not None and any(steps(json.loads(normalizer.__getstate__())))
 
     @cached_property
     def _segments(self) -> Any:

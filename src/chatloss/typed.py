@@ -1,0 +1,217 @@
+"""What somebody typed into a conversation that looks like a control token, and where that stands in a rendering.
+
+Who wrote a control string is shown, not guessed. What was typed is replaced by letters of the same length (a sentinel)
+and the conversation is rendered twice, as it is and with the sentinels. Where putting the typed strings back into the
+second text gives the first one character by character, the sentinels are the places that were typed, and all else the
+template wrote. All else that is found out about the conversation is found out with its sentinels: none of them is a
+stop, and none is the beginning of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import orjson
+
+from chatloss.chat import Conversation, Message, ToolCall
+from chatloss.fields import spellings
+from chatloss.reference import Rendering, Stops
+from chatloss.template import ChatTemplate
+
+__all__ = ["Controls", "Origin", "Typed", "TypedRendering", "Unproven"]
+
+# Sentinels: letters that few texts hold side by side, and others that have no case for those shorter than a word.
+_LETTERS, _RARE = "QXZJVKWG", "".join(map(chr, range(0xA000, 0xA400)))
+
+
+class Unproven(Exception):
+    """It is not shown which control strings were typed. `respell`: (what, as the template writes it) may show it."""
+
+    def __init__(self, why: str, respell: tuple[Origin, str] | None = None) -> None:
+        super().__init__(why)
+        self.respell = respell
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """A typed string, and whether it stands in a value that templates write as JSON."""
+
+    text: str
+    data: bool
+
+
+class Typed:
+    """A conversation with sentinels in place of what was typed; `message`: the first that holds one, or -1.
+
+    `origins` says what each sentinel stands for, `written` what the template makes of that: of the same length.
+    """
+
+    def __init__(self, conversation: Conversation, message: int, origins: Mapping[str, Origin],
+                 written: Mapping[str, str]) -> None:
+        self.conversation, self.message, self.origins, self.written = conversation, message, origins, written
+        self.pattern = re.compile(f"({'|'.join(sorted(origins, key=len, reverse=True))})")
+
+    def restored(self, text: str) -> str:
+        """A rendered text with what was typed."""
+        return self.pattern.sub(lambda match: self.written[match[0]], text)
+
+    def original(self, conversation: Conversation) -> Conversation:
+        """The conversation, or a part of it, as it was."""
+
+        def back(text: str, data: bool) -> str:
+            return self.pattern.sub(lambda match: self.origins[match[0]].text, text)
+
+        return _changed(conversation, back)
+
+    def prove(self, shown: str | None, wanted: str | None) -> None:
+        """Raise `Unproven` unless `shown` is the rendering `wanted` but for what was typed."""
+        if shown is None or wanted is None:
+            if shown is not wanted:
+                raise Unproven("the template refuses other words in its place")
+            return
+        at = 0
+        for i, part in enumerate(self.pattern.split(shown)):
+            written = self.written[part] if i % 2 else part
+            if not wanted.startswith(written, at):
+                origin = self.origins.get(part) if i % 2 else None
+                others = [text for text in spellings(origin.text) if wanted.startswith(text, at)] if origin else []
+                respell = (origin, others[0]) if origin and others else None
+                raise Unproven("the template does something else with other words in its place", respell)
+            at += len(written)
+        if at != len(wanted):
+            raise Unproven("the template does something else with other words in its place")
+
+
+class Controls:
+    """Finds typed control strings, and beginnings of such at the end of a text, which what follows could complete."""
+
+    def __init__(self, texts: Collection[str], avoided: str) -> None:
+        """`avoided` holds texts that no sentinel may occur in: templates, and the names of tokens."""
+        self._avoided = avoided
+        self._starts = tuple(sorted({text[:2] for text in texts}))
+        self._pattern = re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+        self._heads = frozenset(text[:n] for text in texts for n in range(1, len(text)))
+        self._firsts = tuple(sorted({text[0] for text in texts}))
+        self._reach = max(map(len, self._heads), default=1)
+
+    def typed(self, conversation: Conversation, arguments: str, spelled: Mapping[Origin, str]) -> Typed | None:
+        """The conversation with sentinels; None if there is nothing to replace.
+
+        `arguments` "object": tool arguments given as JSON strings are looked at as objects, as templates see them.
+        `spelled` tells how the template writes what it writes in another way than it was typed.
+        """
+        known: dict[Origin, str] = {}
+        haystack: list[str] = []
+
+        def sentinel(text: str, data: bool) -> str:
+            origin = Origin(text, data)
+            if origin not in known:
+                haystack[:] = haystack or [f"{self._avoided}\n{_everything(conversation)}"]
+                known[origin] = _sentinel(len(spelled.get(origin, text)), origin, haystack[0], known.values())
+            return known[origin]
+
+        def put(text: str, data: bool) -> str:
+            if any(start in text for start in self._starts):
+                text = self._pattern.sub(lambda match: sentinel(match[0], data), text)
+            end = text.rstrip()
+            tail = end[-self._reach :]
+            for at, char in enumerate(tail) if any(first in tail for first in self._firsts) else ():
+                if char in self._firsts and tail[at:] in self._heads:
+                    return f"{end[: len(end) - len(tail) + at]}{sentinel(tail[at:], data)}{text[len(end) :]}"
+            return text
+
+        changed = _changed(conversation, put, parse=arguments == "object")
+        if not known:
+            return None
+        pairs = zip(conversation.messages, changed.messages, strict=True)
+        message = next((i for i, (a, b) in enumerate(pairs) if a is not b), -1)
+        origins = {sentinel: origin for origin, sentinel in known.items()}
+        return Typed(changed, message, origins, {s: spelled.get(o, o.text) for s, o in origins.items()})
+
+
+class TypedRendering(Rendering):
+    """The rendering of a conversation with sentinels. Raises `Unproven` for texts that do not show what was typed."""
+
+    def __init__(
+        self, typed: Typed, template: ChatTemplate, conversation: Conversation, stops: Stops, **options: Any
+    ) -> None:
+        super().__init__(template, conversation, stops, **options)
+        self._typed = typed
+        self._plain = Rendering(template, typed.original(conversation), stops, **options)
+        self._proven: set[tuple[int, bool]] = set()
+
+    def text(self, count: int, prompt: bool = False) -> str | None:
+        shown = super().text(count, prompt)
+        if (count, prompt) not in self._proven:
+            self._typed.prove(shown, self._plain.text(count, prompt))
+            self._proven.add((count, prompt))
+        return shown
+
+
+def _sentinel(size: int, origin: Origin, haystack: str, others: Collection[str]) -> str:
+    """Letters that stand nowhere in `haystack`, nor in another sentinel."""
+    alphabet = _LETTERS if size > 2 else _RARE
+    for attempt in range(2048):
+        seed = hashlib.shake_128(f"{origin}{attempt}".encode()).digest(2 * size)
+        made = "".join(alphabet[(a << 8 | b) % len(alphabet)] for a, b in zip(seed[::2], seed[1::2], strict=True))
+        if made not in haystack and not any(made in other or other in made for other in others):
+            return made
+    raise Unproven("there are no words that could stand in its place")
+
+
+def _everything(conversation: Conversation) -> str:
+    return str((conversation.messages, conversation.tools))
+
+
+def _changed(
+    conversation: Conversation, change: Callable[[str, bool], str], *, parse: bool = False
+) -> Conversation:
+    """The conversation with all that is said in it changed; `change` is told which texts are data, such as arguments.
+
+    Roles and template arguments are not said by anybody. Messages that stay as they are, stay the same objects.
+    """
+
+    def data(value: Any) -> Any:
+        if isinstance(value, str):
+            return change(value, True)
+        if isinstance(value, Mapping):
+            made: Any = {data(key): data(item) for key, item in value.items()}
+        elif isinstance(value, list | tuple):
+            made = type(value)(data(item) for item in value)
+        else:
+            return value
+        return value if made == value else made
+
+    def told(text: str | None) -> str | None:
+        return None if text is None else change(text, False)
+
+    def call(one: ToolCall) -> ToolCall:
+        arguments = one.arguments
+        if parse and isinstance(arguments, str):
+            try:
+                parsed = orjson.loads(arguments)
+            except orjson.JSONDecodeError:
+                parsed = None
+            if isinstance(parsed, dict) and data(parsed) != parsed:
+                arguments = parsed
+        return replace(one, name=change(one.name, True), arguments=data(arguments), id=told(one.id))
+
+    def message(one: Message) -> Message:
+        content = one.content
+        if content is not None:
+            content = change(content, False) if isinstance(content, str) else tuple(
+                {**part, "text": change(part["text"], False)} for part in content)
+        if not (one.reasoning or one.tool_calls or one.tool_call_id or one.name or one.extra):
+            return one if content == one.content else replace(one, content=content)
+        made = replace(
+            one, content=content, reasoning=told(one.reasoning), tool_calls=tuple(map(call, one.tool_calls)),
+            tool_call_id=told(one.tool_call_id), name=told(one.name), extra=data(one.extra),
+        )
+        return one if made == one else made
+
+    messages = tuple(map(message, conversation.messages))
+    return replace(conversation, messages=messages, tools=data(conversation.tools))
