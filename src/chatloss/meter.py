@@ -6,7 +6,6 @@ What would exceed a bound is refused before it is done, for doing it may already
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,8 +39,10 @@ _BITS = 1 << 16
 _SCALARS = frozenset((int, float, bool, type(None), range))
 
 
-class Meter(threading.local):
-    """Counts for the render that runs on this thread; raises `Exceeded`."""
+class Meter:
+    """Counts for one render at a time; raises `Exceeded`."""
+
+    __slots__ = ("bounds", "built", "output", "ticks")
 
     def __init__(self, bounds: Bounds) -> None:
         self.bounds = bounds

@@ -80,12 +80,8 @@ class ChatTemplate:
     traced: Counter[str] = field(default_factory=Counter, repr=False)
 
     @cached_property
-    def _sandbox(self) -> Sandbox:
-        return Sandbox(self.clock, self.bounds)
-
-    @cached_property
-    def _compiled(self) -> dict[str, Template]:
-        return {}
+    def _local(self) -> _PerThread:
+        return _PerThread(self.clock, self.bounds)
 
     def select(self, tools: object = None) -> tuple[str, str]:
         """(name, text) of the template that serves a conversation with or without tools, as transformers chooses."""
@@ -105,11 +101,12 @@ class ChatTemplate:
     ) -> str:
         """The text of `messages`; keyword arguments reach the template and override special tokens."""
         name, text = self.select(tools)
-        if name not in self._compiled:
-            self._compiled[name] = self._compile(text)
-        self._sandbox.meter.start()
+        local = self._local
+        if name not in local.compiled:
+            local.compiled[name] = self._compile(text)
+        local.sandbox.meter.start()
         try:
-            return self._compiled[name].render(
+            return local.compiled[name].render(
                 messages=[_aliased(message) for message in messages],
                 tools=None if tools is None else list(tools),
                 documents=None if documents is None else list(documents),
@@ -138,12 +135,13 @@ class ChatTemplate:
         name, text = self.select(tools)
         if not self.trace or not worlds:
             return [None] * len(worlds)
-        if name not in self._passes:
+        passes = self._local.passes
+        if name not in passes:
             try:
-                self._passes[name] = TracedTemplate(text, self.clock, self.bounds)
+                passes[name] = TracedTemplate(text, self.clock, self.bounds)
             except Unsupported:
-                self._passes[name] = None
-        traced = self._passes[name]
+                passes[name] = None
+        traced = passes[name]
         if traced is None:
             self.traced["rendered alone"] += len(worlds)
             return [None] * len(worlds)
@@ -184,21 +182,11 @@ class ChatTemplate:
                 hint="--no-trace, and please report this template", kind="trace",
             )
 
-    @property
-    def _passes(self) -> dict[str, TracedTemplate | None]:
-        """The templates by name, for this thread."""
-        if not hasattr(self._local, "passes"):
-            self._local.passes = {}
-        return self._local.passes  # type: ignore[no-any-return]
-
-    @cached_property
-    def _local(self) -> threading.local:
-        return threading.local()
-
     def _compile(self, text: str) -> Template:
-        self._sandbox.meter.start()
+        sandbox = self._local.sandbox
+        sandbox.meter.start()
         try:
-            return self._sandbox.from_string(text)
+            return sandbox.from_string(text)
         except TemplateSyntaxError as error:
             raise TemplateError(
                 f"the chat template does not compile: {error.message}", where=f"line {error.lineno}", kind="syntax"
@@ -277,6 +265,15 @@ class ChatTemplate:
         rendered = last_stop(call_tail, known, (*engine_stops, answer.text), headers)
         call = Stop(rendered, rendered) if rendered else next_header(call_tail, self.after_call(tool), known)
         return answer, call if call.text else answer
+
+
+class _PerThread(threading.local):
+    """What renders: nothing that counts or keeps values may serve two threads at a time."""
+
+    def __init__(self, clock: Callable[[], datetime], bounds: Bounds) -> None:
+        self.sandbox = Sandbox(clock, bounds)
+        self.compiled: dict[str, Template] = {}
+        self.passes: dict[str, TracedTemplate | None] = {}
 
 
 @dataclass(frozen=True, slots=True)

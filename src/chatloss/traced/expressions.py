@@ -22,6 +22,8 @@ _TESTS = {
     "string": "isinstance({0}, str)", "none": "{0} is None", "true": "{0} is True", "false": "{0} is False",
     "defined": "not isinstance({0}, Undefined)", "undefined": "isinstance({0}, Undefined)",
 }
+# Filters of texts, as methods: on short texts the sandbox only counts them.
+_TEXT_FILTERS = {"trim": ".strip()", "upper": ".upper()", "lower": ".lower()", "string": ""}
 _LOOP_VALUES = frozenset("first last index index0 revindex revindex0 length previtem nextitem".split())
 
 
@@ -254,6 +256,12 @@ class Expressions(CodeGenerator):
             self.write(f"({value} if type({value} := ")
             self.visit(node.node, frame)
             self.write(f") in LIGHT else {self.filters[node.name]}(context, {value}))")
+            return
+        if node.name in _TEXT_FILTERS and not node.args and not node.kwargs:
+            value = self.temporary_identifier()
+            self.write(f"(tick(2) or {value}{_TEXT_FILTERS[node.name]} if type({value} := ")
+            self.visit(node.node, frame)
+            self.write(f") is str and len({value}) < SHORT else {self.filters[node.name]}({value}))")
             return
         super().visit_Filter(node, frame)
 

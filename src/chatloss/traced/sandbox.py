@@ -34,6 +34,7 @@ class TracedSandbox(Sandbox):
     varied = Varied
     light = frozenset((int, bool, float, type(None)))
     new_buffer = Buffer
+    short = SHORT
 
     def __init__(self, clock: Callable[[], datetime], bounds: Bounds) -> None:
         super().__init__(clock, bounds)
@@ -74,19 +75,27 @@ class TracedSandbox(Sandbox):
 
     def show(self, buffer: Buffer, value: Any) -> None:
         """Write out a value that the template names."""
-        if type(value) is Varied:
-            value = self.worlds.lift(self._finalize, value)
-        elif type(value) is str:
-            self.meter.write(value)
+        if type(value) is str:
+            meter = self.meter
+            meter.output += len(value)
+            if meter.output > meter.bounds.output:
+                meter.write("")
+            buffer.write(self.worlds.mask, value)
+        elif type(value) is Varied:
+            self.worlds.write(buffer, self.worlds.lift(self._finalize, value))
         else:
-            value = self._finalize(value)
-        self.worlds.write(buffer, value)
+            buffer.write(self.worlds.mask, self._finalize(value))
 
     def added(self, context: Context, *parts: Any) -> Any:
         """The sum of `parts` from left to right."""
-        sizes = [len(part) for part in parts if type(part) is str]
-        if len(sizes) == len(parts) and sum(sizes) < SHORT:
-            return "".join(parts)
+        size = 0
+        for part in parts:
+            if type(part) is not str:
+                break
+            size += len(part)
+        else:
+            if size < SHORT:  # short sums are not counted, one by one or at once
+                return "".join(parts)
         total = parts[0]
         for part in parts[1:]:
             total = self.call_binop(context, "+", total, part)
@@ -123,7 +132,9 @@ class TracedSandbox(Sandbox):
         if kind is SafeNamespace and not attribute.startswith("_"):
             found = obj._Namespace__attrs.get(attribute, missing)
             if type(found) is Varied:
-                return self.worlds.named(found, partial(self.undefined, obj=obj, name=attribute))
+                found = self.worlds.see(found)
+                if type(found) is Varied:
+                    return self.worlds.named(found, partial(self.undefined, obj=obj, name=attribute))
             if found is not missing:
                 return found
         if kind is Varied:

@@ -34,7 +34,7 @@ class Varied:
     items: list[Any] | None
     lazy: Callable[[], Any] | None
     born: int
-    known: tuple[int, Facets]
+    known: tuple[int, Any]
     longer: Sequence[int]
     length: Any
     sizes: Facets
@@ -60,7 +60,7 @@ class Varied:
     def later(cls, lazy: Callable[[], Any], born: int, whole: bool) -> Varied:
         """What `lazy` gives, in those of the worlds `born` that will ask for it."""
         value = cls([], whole=whole)
-        value.lazy, value.born, value.known = lazy, born, (0, [])
+        value.lazy, value.born, value.known = lazy, born, (0, None)
         return value
 
     @property

@@ -56,7 +56,8 @@ class Worlds:
         if value.mask == self.mask:
             return value.facets
         if value.lazy is not None:
-            return self._forced(value, value.lazy)
+            made = self._forced(value, value.lazy)
+            return self.seen(made) if type(made) is Varied else [(self.mask, made)]
         left, found = self.mask, []
         for mask, one in value.facets:
             shared = mask & left
@@ -67,15 +68,16 @@ class Worlds:
                     return found
         raise Unproven("a value is not known in all worlds")
 
-    def _forced(self, value: Varied, lazy: Callable[[], Any]) -> Facets:
-        known, facets = value.known
-        if self.mask & ~known:
+    def _forced(self, value: Varied, lazy: Callable[[], Any]) -> Any:
+        """What a lazy value is in the worlds that run."""
+        mask, made = value.known
+        if mask == self.mask:
+            return made
+        if self.mask & ~mask:
             made = lazy()
-            facets = self.seen(made) if type(made) is Varied else [(self.mask, made)]
-            value.known = self.mask, facets
-        elif self.mask != known:
-            facets = [(m & self.mask, one) for m, one in facets if m & self.mask]
-        return facets
+            value.known = self.mask, made
+            return made
+        return self.see(made)
 
     def later(self, lazy: Callable[[], Any], whole: bool = False) -> Varied:
         """What `lazy`, which cannot fail, will give in those of the worlds that ask for it."""
@@ -94,8 +96,9 @@ class Worlds:
         """What `value` is in the worlds that run: itself, one of its facets, or fewer of them."""
         if type(value) is not Varied or value.items is not None or value.mask == self.mask:
             return value
-        found = self.seen(value)
-        return found[0][1] if len(found) == 1 else merged(found)
+        if value.lazy is not None:
+            return self._forced(value, value.lazy)
+        return merged(self.seen(value))
 
     def named(self, value: Varied, undefined: Callable[[], Any]) -> Any:
         """`see` for a variable or attribute, which may not be set in some of the worlds."""
@@ -276,10 +279,8 @@ class Worlds:
                         found.append((shared, one))
             return merged(found)
 
-        return Varied.alike(
-            lambda: [(mask, one[::-1]) for mask, one in value.facets],
-            [self.later(partial(item, i)) for i in range(len(items))], value.longer, sizes,
-        )
+        lazy = [self.later(partial(item, i)) for i in range(len(items))]
+        return Varied.alike(lambda: [(mask, one[::-1]) for mask, one in value.facets], lazy, value.longer, sizes)
 
     # -- statements ------------------------------------------------------------------------------------------------
 
