@@ -6,7 +6,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -42,6 +42,7 @@ TOOL = {
 MARKER = re.compile(r"<[|｜]?[^<>|｜\s]{1,48}[|｜]?>|<[|｜][^<>]{1,48}[|｜]>|\[/?[A-Z][A-Z_]{1,30}\]")
 # One pass in so many is checked by rendering alone.
 SAMPLE = 256
+_PLAIN_KEYS = frozenset(("role", "content", "tool_calls", "tool_call_id", "name"))
 _ANOTHER = "the template is hostile or broken: give another with --chat-template FILE"
 # Tags inside an answer look the same and end nothing.
 _INNER = re.compile(r"think|tool|reason|answer|arg|param|function|invoke|escape|^<.{0,2}>$", re.IGNORECASE)
@@ -147,7 +148,7 @@ class ChatTemplate:
             return [None] * len(worlds)
         found = traced.render(
             [_aliased(message) for message in messages],
-            [replace(one, swap=(one.swap[0], _aliased(one.swap[1]))) if one.swap else one for one in worlds],
+            [World(one.count, one.prompt, (one.swap[0], _aliased(one.swap[1]))) if one.swap else one for one in worlds],
             tools=None if tools is None else list(tools), documents=None, **{**self.special_tokens, **kwargs},
         )
         self._compare(messages, worlds, found, tools, kwargs)
@@ -369,6 +370,8 @@ def _between(text: str | None, before: str) -> str | None:
 
 def _aliased(message: Mapping[str, Any]) -> dict[str, Any]:
     """The message without null fields, its reasoning under the names that templates read (as transformers aliases)."""
+    if type(message) is dict and message.keys() <= _PLAIN_KEYS and None not in message.values():
+        return message
     plain = {key: value for key, value in message.items() if value is not None}
     reasoning = next((plain[key] for key in REASONING_KEYS if key in plain), None)
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}

@@ -19,7 +19,7 @@ __all__ = ["TracedTemplate", "World"]
 Message = Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class World:
     """One rendering: of the first `count` messages, with the generation prompt or without.
 
