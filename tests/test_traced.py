@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from chatloss.chat import Conversation
 from chatloss.encode import ChatEncoder
@@ -245,6 +247,44 @@ def test_real_templates_give_every_rendering_what_they_give_alone(part: int, sha
         found = compare(assets.templates()[name], SHAPES[shape])
         proven, everything = proven + found[0], everything + found[1]
     assert proven > 0.95 * everything
+
+
+TEXTS = st.sampled_from(
+    ["", " ", "a", " b\n", "<think>\nx\n</think>\n\ny", "</think>", "<tool_response>z</tool_response>", "你好 🙂",
+     "{{ q }}", "a sentence, long enough to be somebody's"]
+)
+
+
+@st.composite
+def messages(draw: st.DrawFn) -> dict[str, Any]:
+    role = draw(st.sampled_from(["system", "user", "assistant", "assistant", "tool", "user"]))
+    made: dict[str, Any] = {"role": role, "content": draw(TEXTS)}
+    if role == "assistant" and draw(st.integers(0, 2)) == 0:
+        made["tool_calls"] = [CALL["tool_calls"][0]] * draw(st.integers(1, 2))
+    if role == "assistant" and draw(st.integers(0, 2)) == 0:
+        made["reasoning_content"] = draw(TEXTS)
+    return made if role != "tool" else {**made, "tool_call_id": "call00001", "name": "lookup"}
+
+
+@given(st.lists(messages(), min_size=1, max_size=9), st.sampled_from(CORPUS), st.booleans(), st.booleans())
+@settings(max_examples=400, deadline=None)
+def test_any_chat_under_any_template_is_rendered_as_alone(
+    chat: list[dict[str, Any]], name: str, tools: bool, thinking: bool
+) -> None:
+    template = ChatTemplate(assets.templates()[name], SPECIAL, lambda: conformance.CLOCK)
+    given_tools = [conformance.LOOKUP] if tools else None
+    worlds, kwargs = worlds_of(chat), {} if thinking else {"enable_thinking": False}
+    for world, one in zip(worlds, template.render_all(chat, worlds, given_tools, **kwargs), strict=True):
+        if one is not None:
+            shown = list(chat[: world.count])
+            if world.swap is not None:
+                shown[world.swap[0]] = dict(world.swap[1])
+            try:
+                wanted = template.render(shown, given_tools, add_generation_prompt=world.prompt, **kwargs)
+            except TemplateError as error:
+                assert str(one) == str(error)
+            else:
+                assert one == wanted
 
 
 FAMILIES = ("qwen3", "qwen2.5", "llama3", "gpt-oss", "deepseek-v3")
