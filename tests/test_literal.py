@@ -28,9 +28,10 @@ from chatloss.tokens import Encoded, FastTokens
 from chatloss.typed import Origin, Typed
 from tests import assets
 
-QUICK = ("qwen3", "llama3", "mistral-v3", "mistral-v3-legacy", "smollm2", "gemma-like")
+QUICK = ("qwen3", "mistral-v3", "mistral-v3-legacy", "smollm2", "gemma-like")
 EVERY = [*QUICK, *(name for name in (*assets.FAST_TIER, *assets.SLOW_TIER) if name not in QUICK)]
 FAMILIES = ["demo", *(name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in EVERY)]
+SMALL = ["demo", *(pytest.param(name, marks=pytest.mark.slow) if name not in QUICK[1:] else name for name in EVERY)]
 BYTE_LEVEL = {"demo", "qwen3", "qwen2.5", "qwen3.5", "llama3", "llama4", "gpt-oss", "deepseek-v3", "tekken", "smollm2"}
 TOOLS = [{"type": "function", "function": {"name": "lookup", "description": "Looks a word up.", "parameters": {
     "type": "object", "properties": {"word": {"type": "string", "description": "the word"}}, "required": ["word"]}}}]
@@ -168,7 +169,7 @@ def parts_of(name: str) -> st.SearchStrategy[list[tuple[str, bool]]]:
     return st.lists(st.one_of(ordinary, ordinary, typed), min_size=1, max_size=8)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SMALL)
 def test_ids_are_those_of_a_tokenizer_that_looks_for_added_tokens_outside_typed_text_only(name: str) -> None:
     @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.data())
@@ -195,7 +196,7 @@ def with_sentinels_of(parts: Sequence[tuple[str, bool]], typed: Typed) -> list[t
     return [(next(sentinels) if is_typed else part, is_typed) for part, is_typed in parts]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SMALL)
 def test_where_nothing_is_typed_the_ids_are_the_tokenizers_own(name: str) -> None:
     tokens = loaded(name).tokens
     added = list(tokens.added)  # type: ignore[attr-defined]
@@ -276,7 +277,7 @@ def test_a_chat_that_quotes_control_tokens_is_encoded_as_one_that_quotes_other_w
             )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SMALL)
 def test_the_context_of_every_turn_is_the_prompt_with_typed_text_as_text(name: str) -> None:
     made = native(name)
     control = sorted(text for text in made.control if "\n" not in text)
@@ -465,7 +466,7 @@ def test_a_tokenizer_that_cannot_is_refused_by_name(source: Callable[[], Any], n
     ChatEncoder.load(source(), CHATML, Policy(control_tokens="parity"))
 
 
-@pytest.mark.parametrize("name", ["demo", "qwen3"])
+@pytest.mark.parametrize("name", ["demo", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_the_fast_encoder_leaves_such_texts_to_the_reference(name: str) -> None:
     pytest.importorskip("fastokens")
     fast = loaded_with(loaded(name), "fast")
