@@ -71,11 +71,8 @@ def worlds_of(messages: Sequence[dict[str, Any]]) -> list[World]:
 
 
 def alone(template: ChatTemplate, chat: Chat, world: World) -> str | TemplateError:
-    messages, tools = list(chat[0][: world.count]), chat[1]
-    if world.swap is not None:
-        messages[world.swap[0]] = dict(world.swap[1])
     try:
-        return template.render(messages, tools, add_generation_prompt=world.prompt)
+        return template.render(world.of(chat[0]), chat[1], add_generation_prompt=world.prompt)
     except TemplateError as error:
         return error
 
@@ -276,11 +273,8 @@ def test_any_chat_under_any_template_is_rendered_as_alone(
     worlds, kwargs = worlds_of(chat), {} if thinking else {"enable_thinking": False}
     for world, one in zip(worlds, template.render_all(chat, worlds, given_tools, **kwargs), strict=True):
         if one is not None:
-            shown = list(chat[: world.count])
-            if world.swap is not None:
-                shown[world.swap[0]] = dict(world.swap[1])
             try:
-                wanted = template.render(shown, given_tools, add_generation_prompt=world.prompt, **kwargs)
+                wanted = template.render(world.of(chat), given_tools, add_generation_prompt=world.prompt, **kwargs)
             except TemplateError as error:
                 assert str(one) == str(error)
             else:
@@ -321,7 +315,7 @@ MUTATIONS: dict[str, tuple[type, str, Any]] = {
     "slices": (Worlds, "rest", lambda self, value, start: Varied.alike(
         list, value.items[start:], value.longer, value.sizes)),
     "leaving a loop": (Worlds, "leave", lambda self, whole: None),
-    "refusals": (Worlds, "die", lambda self, mark, error: self.refused.append((mark[0], error))),
+    "refusals": (Worlds, "die", lambda self, mark, error: None),
 }
 
 

@@ -146,38 +146,38 @@ class ChatTemplate:
         if traced is None:
             self.traced["rendered alone"] += len(worlds)
             return [None] * len(worlds)
-        found = traced.render(
+        made = traced.render(
             [_aliased(message) for message in messages],
             [World(one.count, one.prompt, (one.swap[0], _aliased(one.swap[1]))) if one.swap else one for one in worlds],
             tools=None if tools is None else list(tools), documents=None, **{**self.special_tokens, **kwargs},
         )
-        self._compare(messages, worlds, found, tools, kwargs)
+        refusals = {id(one): _refusal(one) for one in made if isinstance(one, Exception)}
+        found = [refusals[id(one)] if isinstance(one, Exception) else one for one in made]
+
+        def alone(i: int) -> str | TemplateError:
+            try:
+                return self.render(worlds[i].of(messages), tools, add_generation_prompt=worlds[i].prompt, **kwargs)
+            except TemplateError as error:
+                return error
+
+        self._check(found, alone, still=self.clock is not datetime.now or "strftime_now" not in text)
         missing = found.count(None)
         self.traced["rendered alone"] += missing
         self.traced["in one pass"] += len(worlds) - missing
-        return [_refusal(one) if isinstance(one, Exception) else one for one in found]
+        return found
 
-    def _compare(
-        self, messages: Messages, worlds: Sequence[World], found: Sequence[str | Exception | None], tools: Any,
-        kwargs: Mapping[str, Any],
+    def _check(
+        self, found: list[str | TemplateError | None], alone: Callable[[int], str | TemplateError], still: bool
     ) -> None:
-        """Render one of `worlds` alone too, once in `SAMPLE` passes: nobody shall have to believe in the one pass."""
+        """Nobody shall have to believe in the one pass: forget refusals, in place, that one of the renderings which
+        met them does not meet alone, and once in `SAMPLE` passes compare a text, if time stands `still`."""
+        for i in {id(one): i for i, one in enumerate(found) if isinstance(one, TemplateError)}.values():
+            refusal, single = found[i], alone(i)
+            if str(single) != str(refusal) or isinstance(single, str):
+                found[:] = [None if one is refusal else one for one in found]
         self.traced["passes"] += 1
-        if self.traced["passes"] % SAMPLE != 1:
-            return
-        at = self.traced["passes"] // SAMPLE % len(worlds)
-        world, one = worlds[at], found[at]
-        ticking = self.clock is datetime.now and "strftime_now" in self.select(tools)[1]
-        if ticking or not isinstance(one, str):
-            return
-        given = list(messages[: world.count])
-        if world.swap is not None:
-            given[world.swap[0]] = world.swap[1]
-        try:
-            alone = self.render(given, tools, add_generation_prompt=world.prompt, **kwargs)
-        except TemplateError:
-            alone = None
-        if alone != one:
+        i = self.traced["passes"] // SAMPLE % len(found)
+        if still and self.traced["passes"] % SAMPLE == 1 and isinstance(found[i], str) and alone(i) != found[i]:
             raise ChatlossError(
                 "the template rendered in one pass differs from the template rendered alone",
                 hint="--no-trace, and please report this template", kind="trace",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from keyword import iskeyword
 from typing import Any, cast
 
 from jinja2 import nodes
@@ -226,15 +227,27 @@ class Expressions(CodeGenerator):
         self.visit(node, frame)
         self.write(f") is dict and {key!r} in {value} else {function}({value}, {key!r}))")
 
+    def signature(
+        self, node: nodes.Call | nodes.Filter | nodes.Test, frame: Frame, extra_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        if node.dyn_args is not None or node.dyn_kwargs is not None:
+            raise Unsupported("* or ** in a call")
+        if any(iskeyword(cast(nodes.Keyword, one).key) for one in node.kwargs):
+            raise Unsupported("a Python keyword as a name")
+        for one in node.args:
+            self.write(", ")
+            self._settled(one, frame)
+        for named in node.kwargs:
+            self.write(", ")
+            self.visit(named, frame)
+        for key, value in (extra_kwargs or {}).items():
+            self.write(f", {key}={value}")
+
     def visit_Keyword(self, node: nodes.Keyword, frame: Frame) -> None:
         self.write(f"{node.key}=")
         self._settled(node.value, frame)
 
     def visit_Call(self, node: nodes.Call, frame: Frame, forward_caller: bool = False) -> None:
-        if any(isinstance(one, nodes.Filter) and one.name in _LAZY for one in node.args):
-            raise Unsupported("a call with an iterator")
-        if node.dyn_args is not None or node.dyn_kwargs is not None:
-            raise Unsupported("a call with * or **")
         of = node.node
         if isinstance(of, nodes.Getattr) and of.attr in PLAIN_METHODS and len(node.args) < 2 and not node.kwargs:
             self.write(f"method(context, {of.attr!r}, ")
@@ -249,8 +262,8 @@ class Expressions(CodeGenerator):
 
     @optimizeconst
     def visit_Filter(self, node: nodes.Filter, frame: Frame) -> None:
-        if node.dyn_args is not None or node.dyn_kwargs is not None or node.node is None:
-            raise Unsupported("a filter with * or **")
+        if node.node is None:
+            raise Unsupported("a filter of a block")
         if node.name in (WEIGHED, SEARCHED):  # numbers and truth weigh nothing
             value = self.temporary_identifier()
             self.write(f"({value} if type({value} := ")
@@ -267,8 +280,6 @@ class Expressions(CodeGenerator):
 
     @optimizeconst
     def visit_Test(self, node: nodes.Test, frame: Frame) -> None:
-        if node.dyn_args is not None or node.dyn_kwargs is not None:
-            raise Unsupported("a test with * or **")
         if node.name in _TESTS and not node.args and not node.kwargs:
             value = self.temporary_identifier()
             self.write(f"(W.lift({self.tests[node.name]}, {value}) if type({value} := ")

@@ -30,6 +30,13 @@ class World:
     prompt: bool = False
     swap: tuple[int, Message] | None = None
 
+    def of(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages that are rendered."""
+        made = list(messages[: self.count])
+        if self.swap is not None:
+            made[self.swap[0]] = self.swap[1]
+        return made
+
 
 class TracedTemplate:
     """One template text, made ready to render many worlds at once. Raises `Unsupported` where it cannot be.
@@ -106,12 +113,6 @@ def _prefixes(messages: Sequence[Message], worlds: Sequence[World]) -> Varied:
         items[i] = Varied([*others, (everyone & ~sum(mask for mask, _ in others), messages[i])])
 
     def lists() -> Facets:
-        found: Facets = []
-        for i, world in enumerate(worlds):
-            one = list(messages[: world.count])
-            if world.swap is not None:
-                one[world.swap[0]] = world.swap[1]
-            found.append((1 << i, one))
-        return found
+        return [(1 << i, world.of(messages)) for i, world in enumerate(worlds)]
 
     return Varied.alike(lists, items, longer, [(mask, count) for count, mask in sizes.items()])

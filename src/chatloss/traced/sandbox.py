@@ -125,7 +125,7 @@ class TracedSandbox(Sandbox):
         _, born = worlds.spaces[id(space)]
         if worlds.mask != born:
             value = worlds.put(getattr(space, name, missing), value)
-        space[name] = value
+        space[name] = worlds.kept(value)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         kind = type(obj)
@@ -160,7 +160,7 @@ class TracedSandbox(Sandbox):
         worlds = __self.worlds
         varied = any(type(value) is Varied for value in (__obj, *args, *kwargs.values()))
         if __obj is SafeNamespace and not any(type(value) is Varied for value in args):
-            made = super().call(__context, __obj, *args, **kwargs)
+            made = super().call(__context, __obj, *args, **{key: worlds.kept(one) for key, one in kwargs.items()})
             worlds.spaces[id(made)] = made, worlds.mask
             return made
         if varied and type(__obj) is not Macro:

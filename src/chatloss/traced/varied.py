@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 __all__ = ["Buffer", "Facets", "Unproven", "Varied", "merged"]
 
 Facets = list[tuple[int, Any]]
-_SCALARS = frozenset((str, int, bool, float, type(None)))
+_SCALARS = frozenset((str, int, bool, type(None)))  # equal ones are written alike; 0.0 and -0.0 are not
 
 
 class Unproven(Exception):
@@ -24,8 +24,8 @@ class Varied:
     If `items` is not None the values are lists that begin alike: item `i` is ``items[i]`` in the worlds of
     ``longer[i]``, and the others have no such item; `sizes` are their lengths by world, `length` their length as a
     value. `items` may be varied themselves. If `lazy` is not None it gives the value in the worlds that run, of those
-    in `born`; `known` is what it gave. `whole`: all values are integers. `mask`: the worlds of
-    all facets (-1: not known).
+    in `born`; `known` is what it gave. `whole`: all values are integers. `mask`: the worlds of all facets (-1: not
+    known).
     """
 
     __slots__ = ("_facets", "_make", "born", "items", "known", "lazy", "length", "longer", "mask", "sizes", "whole")

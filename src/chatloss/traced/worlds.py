@@ -175,6 +175,12 @@ class Worlds:
                 raise Unproven("an iterator is kept")
         return value
 
+    def kept(self, value: Any) -> Any:
+        """`value`, which must not be a loop: that goes on when some worlds have left it."""
+        if type(value) in (Loop, LoopContext):
+            raise Unproven("a loop is kept")
+        return value
+
     def write(self, buffer: Buffer, text: Any) -> None:
         """Write `text` to `buffer` in the worlds that run."""
         if type(text) is Varied:
@@ -224,11 +230,13 @@ class Worlds:
 
     def made(self, kind: Callable[[Iterable[Any]], Any], items: Sequence[Any]) -> Any:
         """A list, tuple or dict (of pairs) of `items`."""
-        if not any(type(item) is Varied for item in items):
+        if not any(type(self.kept(item)) is Varied for item in items):
             return kind(items)
         return self.lift(lambda *plain: kind(plain), *items)
 
     def made_dict(self, keys: Sequence[Any], values: Sequence[Any]) -> Any:
+        for value in values:
+            self.kept(value)
         return self.lift(lambda *plain: dict(zip(plain[: len(keys)], plain[len(keys) :], strict=True)), *keys, *values)
 
     # -- lists -----------------------------------------------------------------------------------------------------
@@ -365,7 +373,10 @@ class Worlds:
 
     def _as_lists(self, values: Varied) -> Varied:
         """Varied iterables as varied items."""
-        found = [(mask, one if type(one) is list else list(_iterable(one))) for mask, one in self.seen(values)]
+        found = self.seen(values)
+        if not all(type(one) in _SIZED or isinstance(one, Undefined | Iterator) for _, one in found):
+            raise Unproven("a loop over something unusual")
+        found = [(mask, one if type(one) is list else list(one)) for mask, one in found]
         longest = max(len(one) for _, one in found)
         items, longer = [], []
         for i in range(longest):
@@ -381,12 +392,6 @@ class Worlds:
         if any(size != count for _, size in lists.sizes):
             raise Unproven("worlds unpack different numbers of values")
         return tuple(lists.items)
-
-
-def _iterable(value: Any) -> Iterable[Any]:
-    if type(value) not in _SIZED and not isinstance(value, Undefined | Iterator):
-        raise Unproven(f"a loop over {type(value).__name__}")
-    return value  # type: ignore[no-any-return]
 
 
 def _counted(values: Iterable[Any], tick: Callable[[int], None], cost: int) -> Iterator[Any]:
