@@ -306,7 +306,7 @@ def one_value(self: Worlds, value: Any) -> Any:
 MUTATIONS: dict[str, tuple[type, str, Any]] = {
     "branches": (Worlds, "branches", one_branch),
     "values": (Worlds, "see", one_value),
-    "assignments": (Worlds, "put", lambda self, before, value: value),
+    "assignments": (Worlds, "put", lambda self, before, value, scope: value),
     "conditions": (Worlds, "cond", lambda self, test, yes, no: yes() if one_value(self, test) else no()),
     "the last item": (Loop, "last", property(lambda self: self.index == len(self._items.items))),
     "the length": (Worlds, "length", lambda self, value: len(value.items)),

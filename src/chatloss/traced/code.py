@@ -290,7 +290,7 @@ class Generator(Expressions):
             ref = frame.symbols.ref(target.name)
             if self._ifs[-1]:
                 scope = f"scope_{len(self._ifs)}" if len(self._ifs) > 1 else "scope"
-                self.writeline(f"{ref} = {value} if W.mask == {scope} else W.put({ref}, {value})")
+                self.writeline(f"{ref} = {value} if W.mask == {scope} else W.put({ref}, {value}, {scope})")
             else:
                 self.writeline(f"{ref} = {value}")
 

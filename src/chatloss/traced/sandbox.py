@@ -124,7 +124,7 @@ class TracedSandbox(Sandbox):
             raise TemplateRuntimeError("cannot assign attribute on non-namespace object")
         _, born = worlds.spaces[id(space)]
         if worlds.mask != born:
-            value = worlds.put(getattr(space, name, missing), value)
+            value = worlds.put(getattr(space, name, missing), value, born)
         space[name] = worlds.kept(value)
 
     def getattr(self, obj: Any, attribute: str) -> Any:

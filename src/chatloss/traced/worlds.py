@@ -114,8 +114,10 @@ class Worlds:
         """`named` for a variable."""
         return self.named(value, partial(undefined, name=name))
 
-    def put(self, before: Any, value: Any) -> Any:
-        """A variable that was `before` after `value` was assigned to it in the worlds that run."""
+    def put(self, before: Any, value: Any, scope: int) -> Any:
+        """What was `before` after `value` was assigned to it in the worlds that run; those of `scope` may read it."""
+        if self.mask == scope & ~self.dead:
+            return value
         facets = self.seen(value) if type(value) is Varied else [(self.mask, value)]
         old = self._everywhere(before) if type(before) is Varied else [(self.all, before)]
         left = ~self.mask
@@ -123,8 +125,8 @@ class Worlds:
 
     def lift(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``function(*args, **kwargs)``, called for each value of the arguments that vary."""
-        at = next((i for i, value in enumerate(args) if type(value) is Varied), None)
-        if at is None:
+        kinds = [type(value) for value in args]
+        if Varied not in kinds:
             if not any(type(value) is Varied for value in kwargs.values()):
                 return function(*args, **kwargs)
             names = list(kwargs)
@@ -133,7 +135,7 @@ class Worlds:
                 *kwargs.values(), *args,
             )
         entry, depth, found, given = self.mask, len(self.left), [], list(args)
-        last = not kwargs and not any(type(one) is Varied for one in args[at + 1 :])
+        at, last = kinds.index(Varied), not kwargs and kinds.count(Varied) == 1
         for mask, one in self.seen(args[at]):
             given[at] = one
             self.mask = mask
