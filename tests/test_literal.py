@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 
 from chatloss.chat import Conversation, Preference
+from chatloss.check import check
 from chatloss.demo import tokenizer_directory
 from chatloss.encode import ChatEncoder, Encoding
 from chatloss.errors import DataError, TokenizerError
@@ -23,7 +24,8 @@ from chatloss.literal import LiteralTokens, PrivateTokens
 from chatloss.load import Loaded, load_tokenizer
 from chatloss.pairs import examine_pair
 from chatloss.policy import Policy
-from chatloss.sample import Sample
+from chatloss.runs import runs
+from chatloss.sample import Reason, Sample
 from chatloss.tokens import Encoded, FastTokens
 from chatloss.typed import Origin, Typed
 from tests import assets
@@ -431,6 +433,23 @@ def test_patterns_and_windows_see_what_was_typed() -> None:
     made = encoder(CHATML, max_length=30, overflow="window")
     found = examine(made, chat)
     assert found.rows and all(stops_in(made, row) == 2 for row in found.rows)
+
+
+def test_a_row_shows_typed_text_as_the_ordinary_tokens_that_it_is() -> None:
+    (row,) = examine(encoder(CHATML), [user("x"), assistant("a <|im_end|>")]).rows
+    shown = [(run.text, run.reason) for run in runs(row) if run.message == 1]
+    assert (STOP, Reason.STOP) in shown and (STOP, Reason.CONTENT) not in shown
+    assert "".join(text for text, reason in shown if reason == Reason.CONTENT) == "a <|im_end|>"
+
+
+def test_the_audit_advises_it_and_then_finds_nothing_to_refuse() -> None:
+    chats = [Conversation.from_messages([user("a <|im_end|>"), assistant("b")], source="a:1")]
+    for policy, severity, refused in (("reject", "error", 1), ("literal", "info", 0)):
+        made = ChatEncoder.load(loaded("demo"), CHATML, Policy(control_tokens=policy))
+        report = check(chats, made)
+        (finding,) = [one for one in report.findings if one.cause == "control_tokens"]
+        assert finding.severity == severity and "--control-tokens literal" in finding.remedy
+        assert report.turns["rejected"] == refused
 
 
 def test_pairs_may_quote_control_tokens() -> None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from chatloss.errors import TokenizerError
 from chatloss.fast_tokens import FlatTokens
@@ -75,7 +76,7 @@ class PrivateTokens:
         texts = list(self._chars)[:64]
         text = "".join(f"Say {a} now {b}{a}\n\n{b} \n" for a, b in zip(texts, [*texts[1:], *texts[:1]], strict=True))
         private = self.private(text)
-        wanted, found = self.reference._alone(text), self.public(self.tokens.encode(private), private)
+        wanted, found = self.reference._alone(text), self.public(self.tokens.encode(private), self.places(private))
         for a, b in ((wanted.ids, found.ids), (wanted.starts, found.starts), (wanted.ends, found.ends)):
             if not np.array_equal(a, b):  # type: ignore[arg-type]
                 raise cannot(name, "its added tokens cannot be spelled in another way")
@@ -94,15 +95,26 @@ class PrivateTokens:
             raise Unproven(f"the text holds the private character U+{ord(held[0]):04X}")
         return text
 
-    def public(self, encoded: Encoded, private: str) -> Encoded:
-        """The tokens of a private text with the ids of the tokenizer, and their places in the text it stands for."""
-        assert encoded.starts is not None and encoded.ends is not None
+    def places(self, private: str) -> npt.NDArray[np.int32]:
+        """Where each character of a private text stands in the text it is of, and the end of that."""
         codes = np.frombuffer(private.encode("utf-32-le"), np.uint32).astype(np.int64)
         widths = np.ones(len(codes), np.int32)
         reserved = (codes >= _FIRST) & (codes <= _LAST)
         widths[reserved] = self._widths[codes[reserved] - _FIRST]
-        places = np.concatenate((np.zeros(1, np.int32), widths.cumsum(dtype=np.int32)))
+        return np.concatenate((np.zeros(1, np.int32), widths.cumsum(dtype=np.int32)))
+
+    def public(self, encoded: Encoded, places: npt.NDArray[np.int32]) -> Encoded:
+        """The tokens of a private text with the ids of the tokenizer, and their places in the text it is of."""
+        assert encoded.starts is not None and encoded.ends is not None
         return Encoded(self._ids[encoded.ids], places[encoded.starts], places[encoded.ends])
+
+
+class _Private(NamedTuple):
+    """A text with sentinels, the private text of what it stands for, and the places of that in it."""
+
+    text: str
+    private: str
+    places: npt.NDArray[np.int32]
 
 
 class LiteralTokens:
@@ -115,34 +127,48 @@ class LiteralTokens:
         self._private, self._typed = private, typed
         self._reference = private.reference
         self.special = self._reference.special
+        self._longest = _Private("", "", np.zeros(1, np.int32))
+        self._reach = max(map(len, typed.written), default=0)
 
     def restored(self, text: str) -> str:
         return self._typed.restored(text)
 
-    def _text(self, text: str) -> str:
-        return "".join(
+    def _made(self, text: str) -> _Private:
+        longest = self._longest
+        if longest.text.startswith(text):  # and no added token stands over its end
+            n = int(longest.places.searchsorted(len(text)))
+            if longest.places[n] == len(text):
+                return _Private(text, longest.private[:n], longest.places[: n + 1])
+        private = "".join(
             self._private.ordinary(self._typed.written[part]) if i % 2 else self._private.private(part)
             for i, part in enumerate(self._typed.pattern.split(text))
         )
+        made = _Private(text, private, self._private.places(private))
+        if len(text) > len(longest.text):
+            self._longest = made
+        return made
 
     def encode(self, text: str) -> Encoded:
         return self.encode_pair(text, "")[0]
 
     def encode_pair(self, prompt: str, target: str) -> tuple[Encoded, int | None]:
-        if self.restored(prompt) + self.restored(target) != self.restored(prompt + target):
-            raise Unproven("an answer seems to begin within it")
+        before = prompt[-self._reach :]
+        for match in self._typed.pattern.finditer(before + target[: self._reach]):
+            if match.start() < len(before) < match.end():
+                raise Unproven("an answer seems to begin within it")
         if isinstance(self._reference, FlatTokens):
             self._reference.fell_back += 1
-        joint, alone = self._text(prompt + target), self._text(prompt)
-        if joint.startswith(alone):
-            encoded, n = self._private.tokens.encode_pair(alone, joint[len(alone) :])
+        joint = self._made(prompt + target)
+        alone = self._made(prompt).private
+        if joint.private.startswith(alone):
+            encoded, n = self._private.tokens.encode_pair(alone, joint.private[len(alone) :])
         else:  # an added token straddles the boundary
-            encoded, n = self._private.tokens.encode(joint), None
-        return self._private.public(encoded, joint), n
+            encoded, n = self._private.tokens.encode(joint.private), None
+        return self._private.public(encoded, joint.places), n
 
     def encode_segment(self, text: str) -> Encoded:
-        private = self._text(text)
-        return self._private.public(self._private.tokens.encode_segment(private), private)
+        made = self._made(text)
+        return self._private.public(self._private.tokens.encode_segment(made.private), made.places)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._reference.decode(ids)
