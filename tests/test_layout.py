@@ -18,8 +18,8 @@ PACKAGE = Path(chatloss.__file__).parent
 ORDER = [
     "errors", "values", "chat", "sample", "policy", "formats", "streams", "tables", "folders", "reader", "meter",
     "sandbox", "traced", "template", "fields", "reference", "typed", "places", "cuts",
-    "tokens", "load", "remembered", "fast_tokens", "literal", "rows", "paint", "window", "encode", "markers", "pairs",
-    "pipeline",
+    "tokens", "load", "remembered", "fast_tokens", "literal", "rows", "paint", "straight", "window", "encode",
+    "markers", "pairs", "pipeline",
     "reduction", "pack", "batch", "manifest", "columns", "dataset", "shards", "runners", "prepare", "cluster",
     # torch starts here
     "loss", "config", "parallel", "step", "attention", "models", "checkpoint", "log", "evaluate", "objective",

@@ -236,8 +236,8 @@ def test_ipo_divides_by_the_trained_tokens_of_an_answer_and_not_by_its_pack_or_r
 
 def _with_longer_prompt(one: Answer) -> Answer:
     [only] = one.rows
-    spans = [replace(span, start=span.start + 5, end=span.end + 5) for span in only.spans]
-    spans[0] = replace(spans[0], start=0)
+    spans = [span._replace(start=span.start + 5, end=span.end + 5) for span in only.spans]
+    spans[0] = spans[0]._replace(start=0)
     ids = np.concatenate([np.arange(5, dtype=np.int32), only.input_ids])
     return replace(one, rows=(Sample(ids, tuple(spans), only.outcomes, only.source),))
 

@@ -21,7 +21,9 @@ from chatloss.policy import Policy
 from chatloss.reference import Rendering, Stops, Turn
 from chatloss.rows import TurnIds, group, turn_ids
 from chatloss.sample import Reason, Sample
+from chatloss.straight import straight
 from chatloss.template import ANSWER, USER, ChatTemplate, Stop, control_texts
+from chatloss.tokens import FastTokens
 from chatloss.typed import Controls, Origin, Typed, TypedRendering, Unproven
 from chatloss.window import fit
 
@@ -216,6 +218,10 @@ class ChatEncoder:
         rendering = self.rendering(conversation)
         wanted, untrained = self._wanted(conversation)
         turns = [rendering.turn(i) for i in wanted]
+        if isinstance(self.loaded.tokens, FastTokens) and not any(problem.fatal for problem in problems):
+            row = straight(rendering, turns, self.policy, untrained, self.loaded.tokens, self.decode)
+            if row is not None:
+                return Encoding([row], dict(row.outcomes), untrained, tuple(problems), tuple(turns))
         # The last first: most of the others are parts of it.
         ids = {turn.index: self._turn_ids(turn, conversation.messages[turn.index]) for turn in reversed(turns)}
         outcomes: dict[int, str] = {}

@@ -15,12 +15,12 @@ from chatloss.reference import Rendering
 from chatloss.rows import TurnIds
 from chatloss.sample import Decode, Reason, Sample, Span
 
-__all__ = ["Painting", "sample"]
+__all__ = ["FIELDS", "Painting", "Value", "sample", "weight_of", "why_not"]
 
 # What a token has: message, weight, reason; and a run of such tokens by its first.
 Value = tuple[int, float, Reason]
 Run = tuple[int, Value]
-_FIELDS = (Reason.CONTENT, Reason.REASONING, Reason.CALL)
+FIELDS = (Reason.CONTENT, Reason.REASONING, Reason.CALL)
 
 
 def sample(
@@ -54,9 +54,9 @@ def sample(
     k = 1
     for i, found in shown:  # unlawful = "keep": trained as it stands here, although inference never shows it so
         for _, _, why in found:
-            weight = _weight(why, messages[i], policy)
+            weight = weight_of(why, messages[i], policy)
             row.paint(
-                over[k] if why in _FIELDS else at[k], at[k + 1], message=i, weight=weight,
+                over[k] if why in FIELDS else at[k], at[k + 1], message=i, weight=weight,
                 reason=why if weight else Reason.SWITCHED_OFF,
             )
             k += 2
@@ -100,7 +100,7 @@ class _Trunk:
         first, k = at[0], 1
         for i, (_, fields, supplied) in enumerate(new, self._painted):
             last, k = at[k], k + 1
-            value = i, 0.0, _why_not(self._messages[i], i, status, policy)
+            value = i, 0.0, why_not(self._messages[i], i, status, policy)
             parts = []
             for _ in fields:
                 parts.append((over[k], at[k + 1], value))
@@ -133,7 +133,7 @@ def _same_target(member: TurnIds, base: TurnIds) -> bool:
     return member is base or _same_offsets(member, base, max(member.context - 1, 0), len(member.ids))
 
 
-def _why_not(message: Message, index: int, status: Mapping[int, str], policy: Policy) -> Reason:
+def why_not(message: Message, index: int, status: Mapping[int, str], policy: Policy) -> Reason:
     if message.role not in policy.roles:
         return Reason.OTHER_ROLE
     return _STATUS.get(status.get(index, "split"), Reason.SPLIT)
@@ -152,10 +152,10 @@ _Stroke = tuple[int, int, Reason | None, float]
 def _strokes(member: TurnIds, data: Message, policy: Policy) -> list[_Stroke]:
     """What to paint over a turn's target: its spans, then what patterns match in its fields."""
     at = len(member.turn.prompt)
-    strokes: list[_Stroke] = [(at + a, at + b, why, _weight(why, data, policy)) for a, b, why in member.turn.spans]
+    strokes: list[_Stroke] = [(at + a, at + b, why, weight_of(why, data, policy)) for a, b, why in member.turn.spans]
     for pattern, factor in policy.spans:
         for a, b, why, _ in strokes[: len(member.turn.spans)]:
-            if why in _FIELDS:
+            if why in FIELDS:
                 found, weight = re.finditer(pattern, member.written[a:b]), _float32(factor)
                 strokes += [(a + m.start(), a + m.end(), None, weight) for m in found if m[0]]
     return strokes
@@ -175,12 +175,12 @@ def _paint(row: Painting, member: TurnIds, strokes: Sequence[_Stroke], at: list[
         return
     row.paint(first, end, message=index)
     placed = list(zip(strokes, at, over, at[len(strokes) :], strict=False))
-    rest = [one for one in placed if one[0][2] is not None and one[0][2] not in _FIELDS]
+    rest = [one for one in placed if one[0][2] is not None and one[0][2] not in FIELDS]
     # A token that holds any of a field is the field's, and of two fields the first one's.
-    fields = [one for one in reversed(placed) if one[0][2] in _FIELDS]
+    fields = [one for one in reversed(placed) if one[0][2] in FIELDS]
     matched = [one for one in placed if one[0][2] is None]
     for (_, _, why, weight), begins, holds, last in (*rest, *fields, *matched):
-        start = max(begins if why is not None and why not in _FIELDS else holds, first)
+        start = max(begins if why is not None and why not in FIELDS else holds, first)
         row.paint(start, min(last, end), message=index, weight=weight, reason=why)
     row.switch_off(first, end)
 
@@ -190,7 +190,7 @@ def _in_line(member: TurnIds, strokes: Sequence[_Stroke], at: list[int], over: l
     runs: list[Run] = []
     edge, end, token, within = len(member.turn.prompt), len(member.ids), member.context, False
     for (a, b, why, weight), begins, holds in zip(strokes, at, over, strict=False):
-        field = why in _FIELDS
+        field = why in FIELDS
         start = holds if field and not within else begins
         if why is None or a != edge or not token <= start <= begins or start > end:
             return None
@@ -204,7 +204,7 @@ def _in_line(member: TurnIds, strokes: Sequence[_Stroke], at: list[int], over: l
 _PARTS = {Reason.REASONING: "reasoning", Reason.CONTENT: "content", Reason.CALL: "calls"}
 
 
-def _weight(why: Reason, data: Message, policy: Policy) -> float:
+def weight_of(why: Reason, data: Message, policy: Policy) -> float:
     if why in _PARTS and _PARTS[why] not in policy.parts:
         return 0.0
     return 1.0 if data.weight is None else _float32(data.weight)

@@ -262,7 +262,7 @@ def _renumbered(encoding: Encoding, kept: Sequence[int]) -> Encoding:
     untrained = {kept[i]: why for i, why in encoding.untrained.items()}
     rows = [
         replace(row, outcomes=outcomes, untrained=untrained, spans=tuple(
-            replace(span, message=kept[span.message] if span.message >= 0 else -1) for span in row.spans))
+            span._replace(message=kept[span.message] if span.message >= 0 else -1) for span in row.spans))
         for row in encoding.rows
     ]
     problems = tuple(replace(p, message=kept[p.message] if p.message >= 0 else -1) for p in encoding.problems)

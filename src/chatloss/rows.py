@@ -12,7 +12,7 @@ import numpy.typing as npt
 from chatloss.errors import DataError
 from chatloss.literal import LiteralTokens
 from chatloss.reference import Turn
-from chatloss.tokens import Ids, Tokens
+from chatloss.tokens import Encoded, Ids, Tokens
 
 __all__ = ["TurnIds", "group", "turn_ids"]
 
@@ -49,8 +49,7 @@ class TurnIds:
             found = [(token, token if start == char else max(token - 1, 0)) for char in chars
                      for token, start in [known[char]]]
             return [token for token, _ in found], [token for _, token in found]
-        wanted = np.array(chars, self.starts.dtype)
-        return self.starts.searchsorted(wanted).tolist(), self.ends.searchsorted(wanted, "right").tolist()
+        return Encoded(self.ids, self.starts, self.ends).tokens_at(chars)
 
     def _search(self, char: int) -> tuple[int, int]:
         """(first token that starts at or after `char`, where it starts), without offsets.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -62,8 +62,7 @@ _EXPLANATIONS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Tokens [start, end) of a row that share message (-1: none), weight and reason."""
 
     start: int
@@ -92,9 +91,9 @@ class Sample:
 
     def __post_init__(self) -> None:
         end = 0
-        for span in self.spans:
-            assert span.start == end and span.end > end, "spans must partition the row in order"
-            end = span.end
+        for start, following, *_ in self.spans:
+            assert start == end < following, "spans must partition the row in order"
+            end = following
         assert end == len(self.input_ids), "spans must cover the row"
 
     def __len__(self) -> int:

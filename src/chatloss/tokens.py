@@ -31,6 +31,12 @@ class Encoded:
     starts: npt.NDArray[np.int32] | None = None
     ends: npt.NDArray[np.int32] | None = None
 
+    def tokens_at(self, chars: Sequence[int]) -> tuple[list[int], list[int]]:
+        """For each of `chars` the first token that starts at or after it, and the first that holds any of it."""
+        assert self.starts is not None and self.ends is not None
+        wanted = np.array(chars, self.starts.dtype)
+        return self.starts.searchsorted(wanted).tolist(), self.ends.searchsorted(wanted, "right").tolist()
+
 
 NOTHING = Encoded(*(np.zeros(0, np.int32) for _ in range(3)))
 
@@ -133,7 +139,7 @@ class FastTokens:
             if not begun:  # else shorter prompts are the trunk's as well, and longer ones would not be this text's
                 self._trunk = trunk = _Trunk(text, _read_only(joint), *self._cut_places(joint))
                 n, at = self._cut(trunk, end)
-        return joint, self._boundary(joint, prompt, n, at)
+        return joint, self._boundary(joint, n, self._rest(prompt, at), end)
 
     def _cut(self, trunk: _Trunk, limit: int, *, differs: bool = False) -> tuple[int, int]:
         """(tokens, characters) through the trunk's last hard cut up to character `limit`; (0, 0) where there is none.
@@ -158,16 +164,25 @@ class FastTokens:
         """What added tokens begin with: an open end of a text may go on to be one of them."""
         return frozenset(text[:size] for text in self.added for size in range(1, len(text)))
 
-    def _boundary(self, joint: Encoded, prompt: str, n: int, at: int) -> int | None:
-        """How many ids of `joint` are the prompt's, of which so many tokens and characters are known to be."""
+    def _boundary(self, joint: Encoded, n: int, rest: Encoded, length: int) -> int | None:
+        """How many ids of `joint` are those of its first `length` characters, which end in `n` ids and `rest`."""
         assert joint.starts is not None and joint.ends is not None
-        alone = self._rest(prompt, at).ids
-        end = n + len(alone)
-        if joint.ids[n:end].tobytes() != alone.tobytes():
+        end = n + len(rest.ids)
+        if joint.ids[n:end].tobytes() != rest.ids.tobytes():
             return None
         # Equal ids are not enough: a token such as Phi-3's <|assistant|> swallows the whitespace to its right.
-        apart = end in (0, len(joint.ids)) or (joint.starts[end] >= len(prompt) >= joint.ends[end - 1])
+        apart = end in (0, len(joint.ids)) or (joint.starts[end] >= length >= joint.ends[end - 1])
         return end if apart else None
+
+    def count(self, joint: Encoded, text: str, end: int, stop: int) -> tuple[int, int] | None:
+        """How many ids of `joint` are those of ``text[:end]`` alone, and of ``text[:stop]``; None if others are.
+
+        `joint` is what `encode_pair` gave of the prompt `text` just now. None also where no added token ends at `stop`.
+        """
+        n, at = self._cut(self._trunk, end)
+        first = self._boundary(joint, n, self._piece(text[at:end]) if at < end or not at else NOTHING, end)
+        last, at = self._cut(self._trunk, stop)
+        return (first, last) if first is not None and at == stop else None
 
     def _cut_places(self, encoded: Encoded) -> tuple[list[int], list[int]]:
         """After how many characters, and tokens, those end that may be hard cuts."""
@@ -208,7 +223,7 @@ class FastTokens:
         """`text` encoded behind a character that no token shares with it, which is then taken away."""
         for anchor in _ANCHORS:
             both = self._piece(anchor + text)
-            n = self._boundary(both, anchor, 0, 0)
+            n = self._boundary(both, 0, self._piece(anchor), len(anchor))
             if n is not None:
                 assert both.starts is not None and both.ends is not None
                 return Encoded(both.ids[n:], both.starts[n:] - len(anchor), both.ends[n:] - len(anchor))
