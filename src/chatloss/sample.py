@@ -91,7 +91,7 @@ class Sample:
 
     def __post_init__(self) -> None:
         end = 0
-        for start, following, *_ in self.spans:
+        for start, following, _, _, _ in self.spans:
             assert start == end < following, "spans must partition the row in order"
             end = following
         assert end == len(self.input_ids), "spans must cover the row"
