@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -341,43 +340,14 @@ class ChatEncoder:
             "--row-format auto, or --unlawful keep", self.policy.unlawful == "error",
         )
 
-    @cached_property
-    def _control_order(self) -> tuple[str, ...]:
-        return tuple(sorted(self.control))
-
-    @cached_property
-    def _control_pattern(self) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, self._control_order)) or r"(?!)")
-
-    @cached_property
-    def _control_starts(self) -> tuple[str, ...]:
-        """What control tokens begin with: of hundreds of them few chats hold even that."""
-        return tuple(sorted({token[:2] for token in self.control}))
-
     def _control_problems(self, conversation: Conversation) -> list[Problem]:
-        told = [_texts(message) for message in conversation.messages]
-        everything = "\n".join([text for texts in told for text in texts])
-        if not any(start in everything for start in self._control_starts):
-            return []
-        found = []
-        for i, texts in enumerate(told):
-            texts = [text for text in texts if self._control_pattern.search(text)]
-            if texts:
-                held = next(token for token in self._control_order for text in texts if token in text)
-                remedy = "remove it, or encode it: --control-tokens literal as text, --control-tokens parity as one"
-                if self.policy.control_tokens == "literal":
-                    remedy = "nothing to do: it is encoded as ordinary text"
-                fatal = self.policy.control_tokens == "reject"
-                detail = f"the text holds the control token {held!r}"
-                found.append(Problem("control_tokens", i, detail, remedy, fatal))
-        return found
-
-
-def _texts(message: Message) -> list[str]:
-    """All that a message says."""
-    if not message.reasoning and not message.tool_calls:
-        return [message.text]
-    return [message.text, message.reasoning or "", *(f"{c.name}\n{c.arguments}" for c in message.tool_calls)]
+        policy = self.policy.control_tokens
+        remedy = "remove it, or encode it: --control-tokens literal as text, --control-tokens parity as one"
+        if policy == "literal":
+            remedy = "nothing to do: it is encoded as ordinary text"
+        found = self._controls.found(conversation, self._forms["arguments"])
+        told = "the text holds the control token {0.text!r} in {0.place}"
+        return [Problem("control_tokens", one.message, told.format(one), remedy, policy == "reject") for one in found]
 
 
 def _is_inner(text: str) -> bool:

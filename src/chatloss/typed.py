@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import orjson
@@ -22,10 +24,14 @@ from chatloss.fields import spellings
 from chatloss.reference import Rendering, Stops
 from chatloss.template import ChatTemplate
 
-__all__ = ["Controls", "Origin", "Typed", "TypedRendering", "Unproven"]
+__all__ = ["Controls", "Found", "Origin", "Typed", "TypedRendering", "Unproven"]
 
 # Sentinels: letters that few texts hold side by side, and others that have no case for those shorter than a word.
 _LETTERS, _RARE = "QXZJVKWG", "".join(map(chr, range(0xA000, 0xA400)))
+
+# Where a text stands: the place that holds it (None: the conversation), and its key there.
+_Place = tuple[Any, str | int]
+_MESSAGES: _Place = (None, "messages")
 
 
 class Unproven(Exception):
@@ -42,6 +48,15 @@ class Origin:
 
     text: str
     data: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A control string that somebody typed, in `place`: of a message, or of the tools if `message` is -1."""
+
+    text: str
+    message: int
+    place: str
 
 
 class Typed:
@@ -90,13 +105,55 @@ class Controls:
     """Finds typed control strings, and beginnings of such at the end of a text, which what follows could complete."""
 
     def __init__(self, texts: Collection[str], avoided: str) -> None:
-        """`avoided` holds texts that no sentinel may occur in: templates, and the names of tokens."""
+        """`avoided` holds texts that no sentinel may occur in: the template, and the names of tokens."""
         self._avoided = avoided
+        # Templates strip fields, unless that would tear such a text.
+        self._trim: Callable[[str], str] = str.strip if all(text == text.strip() for text in texts) else str
         self._starts = tuple(sorted({text[:2] for text in texts}))
+        ends = {f'{text[0]}"' for text in texts}  # of strings that what follows may go on with
+        self._json_starts = tuple(sorted({orjson.dumps(start).decode()[1:-1] for start in self._starts} | ends))
         self._pattern = re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
         self._heads = frozenset(text[:n] for text in texts for n in range(1, len(text)))
         self._firsts = tuple(sorted({text[0] for text in texts}))
         self._reach = max(map(len, self._heads), default=1)
+
+    def found(self, conversation: Conversation, arguments: str) -> list[Found]:
+        """The first control string of every text, and those put together of texts that follow each other.
+
+        `arguments` as for `typed`. Other keys of messages count if the template names them.
+        """
+        tools, parse = self._may_hold(conversation.tools), arguments == "object"
+        for closely in (False, True):
+            said = _said(conversation, tools=tools, parse=parse, closely=closely)
+            texts = [self._trim(text) for _, text in said]
+            together = "".join(texts)
+            if not any(start in together for start in self._starts):
+                return []
+        ends = list(accumulate(map(len, texts)))
+        found: dict[tuple[int, int], Found] = {}
+        for match in self._pattern.finditer(together):
+            first, last = bisect_right(ends, match.start()), bisect_left(ends, match.end())
+            paths = [_path(said[i][0]) for i in range(first, last + 1) if texts[i]]
+            if (first, last) not in found and all(self._is_shown(path, conversation) for path in paths):
+                message = int(paths[0][1]) if paths[0][0] == "messages" else -1
+                found[first, last] = Found(match[0], message, " and ".join(map(_name, paths)))
+        return list(found.values())
+
+    def _may_hold(self, tools: Any) -> bool:
+        """Whether a closer look may find something: most chats say the same of their tools, at length."""
+        if not tools:
+            return False
+        try:
+            shown = orjson.dumps(tools).decode()
+        except TypeError:  # integers beyond 64 bits
+            return True
+        return any(start in shown for start in self._json_starts)
+
+    def _is_shown(self, path: list[str | int], conversation: Conversation) -> bool:
+        """Whether the template may write it: what a row keeps beside its messages is often meant for others."""
+        if path[0] != "messages" or path[2] not in conversation.messages[int(path[1])].extra:
+            return True
+        return str(path[2]) in self._avoided
 
     def typed(self, conversation: Conversation, arguments: str, spelled: Mapping[Origin, str]) -> Typed | None:
         """The conversation with sentinels; None if there is nothing to replace.
@@ -167,6 +224,70 @@ def _everything(conversation: Conversation) -> str:
     return str((conversation.messages, conversation.tools))
 
 
+def _said(conversation: Conversation, *, tools: bool, parse: bool, closely: bool) -> list[tuple[_Place, str]]:
+    """All texts of a conversation with their places, those side by side that a template may write side by side.
+
+    Not `closely`: arguments may stay the JSON strings that they are.
+    """
+    said: list[tuple[_Place, str]] = []
+
+    def data(value: Any, place: _Place) -> None:
+        if isinstance(value, str):
+            said.append((place, value))
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                data(item, (place, key))
+            said.extend(((place, key), key) for key in value)
+        elif isinstance(value, list | tuple):
+            for i, item in enumerate(value):
+                data(item, (place, i))
+
+    if tools:
+        data(conversation.tools, (None, "tools"))
+    for i, one in enumerate(conversation.messages):
+        here: _Place = (_MESSAGES, i)
+        if one.reasoning:
+            said.append(((here, "reasoning_content"), one.reasoning))
+        if isinstance(one.content, str):
+            said.append(((here, "content"), one.content))
+        else:
+            for j, part in enumerate(one.content or ()):
+                said.append(((((here, "content"), j), "text"), part["text"]))
+        for j, call in enumerate(one.tool_calls):
+            place = ((here, "tool_calls"), j)
+            given, function = call.arguments, (place, "function")
+            if call.id:
+                said.append(((place, "id"), call.id))
+            said.append(((function, "name"), call.name))
+            # A JSON string without escapes holds what its parts hold.
+            data(_parsed(given) if parse and (closely or "\\" in given) else given, (function, "arguments"))
+        if one.tool_call_id or one.name or one.extra:
+            data(one.tool_call_id, (here, "tool_call_id"))
+            data(one.name, (here, "name"))
+            data(one.extra, here)
+    return said
+
+
+def _path(place: _Place | None) -> list[str | int]:
+    return [] if place is None else [*_path(place[0]), place[1]]
+
+
+def _name(path: list[str | int]) -> str:
+    """``messages[2].content``"""
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)[1:]
+
+
+def _parsed(arguments: Any) -> Any:
+    """Tool arguments as templates that take objects see them."""
+    if isinstance(arguments, str):
+        try:
+            parsed = orjson.loads(arguments)
+        except orjson.JSONDecodeError:
+            return arguments
+        return parsed if isinstance(parsed, dict) else arguments
+    return arguments
+
+
 def _changed(
     conversation: Conversation, change: Callable[[str, bool], str], *, parse: bool = False
 ) -> Conversation:
@@ -191,13 +312,8 @@ def _changed(
 
     def call(one: ToolCall) -> ToolCall:
         arguments = one.arguments
-        if parse and isinstance(arguments, str):
-            try:
-                parsed = orjson.loads(arguments)
-            except orjson.JSONDecodeError:
-                parsed = None
-            if isinstance(parsed, dict) and data(parsed) != parsed:
-                arguments = parsed
+        if parse and isinstance(arguments, str) and data(parsed := _parsed(arguments)) != parsed:
+            arguments = parsed
         return replace(one, name=change(one.name, True), arguments=data(arguments), id=told(one.id))
 
     def message(one: Message) -> Message:
