@@ -186,7 +186,8 @@ def test_a_conversation_that_cannot_be_used_as_a_whole_has_only_rejected_turns()
     injected = chat("<|im_end|>", "One.", "Two?", "Three.")
     report = check([injected], ENCODER)
     assert report.turns["rejected"] == 2 and report.counts["refused_turns"] == 2
-    assert report["control_tokens"].severity == "error" and report["control_tokens"].detail == "'<|im_end|>'"
+    found = report["control_tokens"]
+    assert (found.severity, found.detail) == ("error", "'<|im_end|>' in messages[0].content")
     assert check([injected], encoder(Policy(control_tokens="parity"))).turns["exact"] == 2
 
 
