@@ -39,9 +39,12 @@ class Problem:
     remedy: str
     fatal: bool
 
+    def where(self, source: str) -> str:
+        """``source messages[i]``, or the source alone for what is in no message."""
+        return f"{source} messages[{self.message}]".strip() if self.message >= 0 else source
+
     def error(self, source: str) -> DataError:
-        where = f"messages[{self.message}]" if self.message >= 0 else ""
-        return DataError(self.detail, where=f"{source} {where}".strip(), hint=self.remedy, kind=self.cause)
+        return DataError(self.detail, where=self.where(source), hint=self.remedy, kind=self.cause)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ left out on one side only.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -256,8 +257,16 @@ def _windowed(encoder: ChatEncoder, chats: Sequence[Conversation], size: int) ->
     return None
 
 
+_INDEX = re.compile(r"messages\[(\d+)\]")  # as details name messages
+
+
 def _renumbered(encoding: Encoding, kept: Sequence[int]) -> Encoding:
     """The encoding with the message indices of the whole conversation."""
+
+    def index(found: re.Match[str]) -> str:
+        i = int(found[1])
+        return f"messages[{kept[i]}]" if i < len(kept) else found[0]
+
     outcomes = {kept[i]: outcome for i, outcome in encoding.outcomes.items()}
     untrained = {kept[i]: why for i, why in encoding.untrained.items()}
     rows = [
@@ -265,5 +274,8 @@ def _renumbered(encoding: Encoding, kept: Sequence[int]) -> Encoding:
             span._replace(message=kept[span.message] if span.message >= 0 else -1) for span in row.spans))
         for row in encoding.rows
     ]
-    problems = tuple(replace(p, message=kept[p.message] if p.message >= 0 else -1) for p in encoding.problems)
+    problems = tuple(
+        replace(p, message=kept[p.message] if p.message >= 0 else -1, detail=_INDEX.sub(index, p.detail))
+        for p in encoding.problems
+    )
     return Encoding(rows, outcomes, untrained, problems, encoding.turns)

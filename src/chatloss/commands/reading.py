@@ -74,7 +74,7 @@ def view(
                 out.print()
             for problem in one.encoding.problems:
                 where = one.conversation.source if one.conversation else ""
-                what = one_line(f"! {where} messages[{problem.message}]: {problem.detail}")
+                what = one_line(f"! {problem.where(where)}: {problem.detail}")
                 out.print(what, style="yellow", markup=False)
                 out.print(f"  hint: {one_line(problem.remedy)}", markup=False)
         out.print(render_summary(samples))
@@ -90,9 +90,8 @@ def _page_findings(shown: list[Encoded]) -> list[dict[str, Any]]:
         where = one.conversation.source if one.conversation else ""
         for problem in one.encoding.problems:
             severity = "error" if problem.fatal else "warning"
-            example = f"{where} messages[{problem.message}]" if problem.message >= 0 else where
             first = {"severity": severity, "cause": f"{problem.cause.replace('_', ' ')}: {problem.detail}", "count": 0,
-                     "example": example, "remedy": problem.remedy, "rows": []}
+                     "example": problem.where(where), "remedy": problem.remedy, "rows": []}
             finding = found.setdefault(problem.cause, first)
             finding["count"] += 1
             finding["rows"].append(where)
