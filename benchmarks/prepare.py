@@ -204,9 +204,14 @@ def shares() -> Iterator[dict[str, float]]:
 
 
 def rendered_once(encoder: Any, chat: Any) -> str:
-    """All of a chat rendered, as `apply_chat_template` does."""
+    """All of a chat rendered, as `apply_chat_template` does; nothing where the template refuses it."""
+    from chatloss.errors import TemplateError
+
     rendering = encoder.rendering(chat)
-    return str(encoder.template.render(rendering.messages, chat.tools, **rendering.kwargs))
+    try:
+        return str(encoder.template.render(rendering.messages, chat.tools, **rendering.kwargs))
+    except TemplateError:
+        return ""
 
 
 def differences(pair: str, data: str) -> dict[str, int]:
