@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("exactness", "invariance", "head_memory", "fill", "row_formats", "hf", "training", "preference")
+NAMES = ("exactness", "invariance", "head_memory", "fill", "row_formats", "hf", "training", "preference",
+         "one_pass", "prepare", "scale")
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -32,6 +33,23 @@ def trainer_runs() -> Iterator[None]:
     gc.unfreeze()
     datasets.enable_progress_bars()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """`prepare` is interrupted once, when it begins its fifth shard; the indices of all shards that it begins."""
+    from chatloss import prepare
+
+    run, begun = prepare.run_shard, []
+
+    def counted(*args: Any) -> Any:
+        begun.append(args[2].index)
+        if len(begun) == 5:
+            raise KeyboardInterrupt
+        return run(*args)
+
+    monkeypatch.setattr(prepare, "run_shard", counted)
+    return begun
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

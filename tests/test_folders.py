@@ -19,9 +19,10 @@ from chatloss import folders, shards
 from chatloss import prepare as preparing
 from chatloss.dataset import Prepared, is_prepared
 from chatloss.demo import chats_file, tokenizer_directory
-from chatloss.errors import DataError
+from chatloss.errors import DataError, UsageError
 from chatloss.folders import Folder
 from chatloss.prepare import Job, prepare
+from chatloss.reader import read
 from chatloss.shards import Input, Shard, ShardReader, blocks_of, hashed, inputs_of, shards_of, with_blocks
 
 JOB = Job(str(tokenizer_directory()))
@@ -99,22 +100,14 @@ def test_what_is_no_json_lines_is_read_from_a_uri_too(name: str) -> None:
     assert len(records[0]) == (1 if name.endswith("txt") else 50)
 
 
-def test_what_is_done_in_another_file_system_is_not_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    out, run, done = "memory://bucket/out", preparing.run_shard, []
-
-    def interrupted(*args: Any) -> Any:
-        done.append(args[2].index)
-        if len(done) == 5:
-            raise KeyboardInterrupt
-        return run(*args)
-
-    monkeypatch.setattr(preparing, "run_shard", interrupted)
+def test_what_is_done_in_another_file_system_is_not_done_again(interrupted: list[int]) -> None:
+    out = "memory://bucket/out"
     with pytest.raises(KeyboardInterrupt):
         prepare(["chats.jsonl"], out, JOB)
     assert len(Folder(out).files(preparing.WORK)) == 5 and Folder(out).read("manifest.json") is None
     Folder(out).write("shards/.000009.parquet.0.tmp", b"left by a kill")
     prepare(["chats.jsonl"], out, JOB)
-    assert len(done) == len(set(done)) + 1
+    assert len(interrupted) == len(set(interrupted)) + 1
     prepare(["chats.jsonl"], "here", JOB)
     assert contents(out) == contents("here")
     prepare(["chats.jsonl"], out, JOB, fresh=True)
@@ -270,3 +263,13 @@ def differs(shard: Shard) -> bool:
     except DataError as error:
         return "changed" in error.what
     return False
+
+
+def test_a_password_in_a_uri_is_refused_and_not_told() -> None:
+    for data, out in ((["s3://key:hush@bucket/chats.jsonl"], "here"), (["chats.jsonl"], "s3://key:hush@bucket/out")):
+        with pytest.raises(UsageError, match="holds a password") as caught:
+            prepare(data, out, JOB)
+        assert "hush" not in str(caught.value)
+    with pytest.raises(UsageError, match="holds a password") as caught:
+        list(read("s3://key:hush@bucket/chats.jsonl"))
+    assert "hush" not in str(caught.value)

@@ -168,24 +168,14 @@ def test_the_same_command_again_does_nothing(chats: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("small")
-def test_only_what_is_missing_is_done(chats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare([str(chats)], "whole", JOB)
-    done: list[int] = []
-    run = preparing.run_shard
-
-    def interrupted(*args: Any) -> Any:
-        done.append(args[2].index)
-        if len(done) == 5:
-            raise KeyboardInterrupt
-        return run(*args)
-
-    monkeypatch.setattr(preparing, "run_shard", interrupted)
+def test_only_what_is_missing_is_done(chats: Path, interrupted: list[int]) -> None:
     with pytest.raises(KeyboardInterrupt):
         prepare([str(chats)], "out", JOB)
     with pytest.raises(DataError, match="not finished"):
         Prepared("out")
     prepare([str(chats)], "out", JOB)
-    assert len(done) == len(set(done)) + 1, "only the shard that was interrupted is done twice"
+    assert len(interrupted) == len(set(interrupted)) + 1, "only the shard that was interrupted is done twice"
+    prepare([str(chats)], "whole", JOB)
     assert contents(Path("out")) == contents(Path("whole"))
 
 

@@ -19,6 +19,7 @@ from chatloss.traced.loop import Loop
 from chatloss.traced.varied import Varied
 from chatloss.traced.worlds import Worlds
 from tests import assets, conformance
+from tests.test_sandbox import ESCAPES, EXHAUSTING
 
 Chat = tuple[list[dict[str, Any]], list[dict[str, Any]] | None]
 
@@ -140,6 +141,12 @@ SMALL = {
     "a chosen loop":
         "{% for m in messages if m.role != 'system' %}{{ loop.index }}{{ m.content }}{{ loop.last }}"
         "{% endfor %}",
+    "chosen by what the body changes":
+        "{% set ns = namespace(n=0) %}{% for m in messages if ns.n < 2 %}"
+        "{% set ns.n = ns.n + 1 %}{{ m.role }}{% endfor %}",
+    "a list of namespaces":
+        "{% set a = namespace(n=0) %}{% for x in [a, a] if x.n < 1 %}"
+        "{% set a.n = 1 %}{{ messages|length }}{% endfor %}",
     "chosen by what varies": "{% for t in ['a', 'b'] if messages|length > 2 %}{{ t }}{% endfor %}",
     "a macro":
         "{% macro show(m, last=false) %}{% if last %}[{{ m.content }}]{% else %}({{ m.content }}){% endif %}"
@@ -218,6 +225,7 @@ def test_a_construct_gives_every_rendering_what_it_gives_alone(name: str, shape:
 LEFT_TO_THE_REFERENCE = {  # what depends on what was given before, and rare statements
     "a kept iterator", "an iterator of some", "a changed loop", "a joiner", "a loop with else", "a recursive loop",
     "a filter block", "a with block", "stars", "chosen by what varies",
+    "chosen by what the body changes", "a list of namespaces",
 }
 
 
@@ -341,6 +349,20 @@ def test_a_bound_that_is_hit_is_told_by_the_rendering_that_hits_it() -> None:
     with pytest.raises(TemplateError, match="writes more than 40,000"):
         template.render(conformance.PLAIN)
     assert template.render(conformance.PLAIN[:1])
+
+
+@pytest.mark.parametrize("text", EXHAUSTING.values(), ids=EXHAUSTING.keys())
+def test_what_exhausts_time_or_memory_alone_is_not_served_by_the_one_pass(text: str) -> None:
+    template = ChatTemplate(text, bounds=Bounds(ticks=20_000))
+    for one in template.render_all([user("hi"), answer("yo")], [World(1), World(2), World(2, True)]):
+        assert not isinstance(one, str)
+
+
+@pytest.mark.parametrize("text", ESCAPES.values(), ids=ESCAPES.keys())
+def test_the_one_pass_reaches_nothing_outside_the_sandbox(text: str) -> None:
+    template = ChatTemplate(text)
+    for one in template.render_all([user("hi"), answer("yo")], [World(1), World(2), World(2, True)], [{"name": "f"}]):
+        assert one is None or isinstance(one, TemplateError) or one == ""
 
 
 def test_a_hostile_template_does_not_blow_up_the_code() -> None:

@@ -15,9 +15,10 @@ from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
-from chatloss.errors import DataError
+from chatloss.errors import DataError, UsageError
 
 __all__ = ["Folder", "file_size", "is_uri", "opened"]
 
@@ -62,6 +63,10 @@ def _of_uri(uri: str) -> tuple[Any, str]:
     import pyarrow as pa
     from pyarrow import fs
 
+    if urlsplit(uri).password is not None:
+        what = "the URI holds a password, which the manifest and every error would tell"
+        hint = "give credentials by the environment, as the file system's package asks for them"
+        raise UsageError(what, where=uri.partition("://")[0] + "://", hint=hint)
     hint = "is the URI right, and is the package for its file system installed?"
     try:
         with suppress(pa.ArrowInvalid):  # a scheme that it does not know

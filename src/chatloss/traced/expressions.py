@@ -45,12 +45,14 @@ class Expressions(CodeGenerator):
         self._ifs = [0]  # branches since the variables' scope began
         self._loops = 0
         self._written = 0
-        self._varying = {"messages", "add_generation_prompt"}
+        self._assigned: set[str] = set()
+        self._varying: set[str] = set()
 
     def visit_Template(self, node: nodes.Template, frame: Frame | None = None) -> None:
         # What is neither given by world nor ever assigned is the same for all.
-        self._varying |= {name.name for name in node.find_all(nodes.Name) if name.ctx != "load"}
-        self._varying |= {macro.name for macro in node.find_all(nodes.Macro)}
+        self._assigned = {name.name for name in node.find_all(nodes.Name) if name.ctx != "load"}
+        self._assigned |= {macro.name for macro in node.find_all(nodes.Macro)}
+        self._varying = {"messages", "add_generation_prompt", *self._assigned}
         super().visit_Template(node, frame)
 
     def _chosen(self, name: str, test: Callable[[], None], yes: Callable[[], None], no: Callable[[], None]) -> None:
@@ -117,13 +119,12 @@ class Expressions(CodeGenerator):
 
     @optimizeconst
     def visit_Not(self, node: nodes.UnaryExpr, frame: Frame) -> None:
-        value = self.temporary_identifier()
-        self.write(f"(W.negated({value}) if type({value} := ")
-        self.visit(node.node, frame)
-        self.write(f") is V else not {value})")
+        self._named(node.node, frame, "(W.negated({0}) if type({0} := ", ") is V else not {0})")
 
     @optimizeconst
     def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
+        if any(True for one in node.ops[1:] for _ in one.find_all(nodes.Call)):
+            raise Unsupported("a call that a chain of comparisons may leave out")
         # A constant does not vary and need not be kept.
         operands = [node.expr, *(one.expr for one in node.ops)]
         names = ["" if isinstance(one, nodes.Const) else self.temporary_identifier() for one in operands]
@@ -264,29 +265,31 @@ class Expressions(CodeGenerator):
     def visit_Filter(self, node: nodes.Filter, frame: Frame) -> None:
         if node.node is None:
             raise Unsupported("a filter of a block")
+        function = self.filters[node.name]
         if node.name in (WEIGHED, SEARCHED):  # numbers and truth weigh nothing
-            value = self.temporary_identifier()
-            self.write(f"({value} if type({value} := ")
-            self.visit(node.node, frame)
-            self.write(f") in LIGHT else {self.filters[node.name]}(context, {value}))")
+            after = f") in LIGHT else {function}(context, {{0}}))"
+            self._named(node.node, frame, "({0} if type({0} := ", after)
             return
         if node.name in _TEXT_FILTERS and not node.args and not node.kwargs:
-            value = self.temporary_identifier()
-            self.write(f"(tick(2) or {value}{_TEXT_FILTERS[node.name]} if type({value} := ")
-            self.visit(node.node, frame)
-            self.write(f") is str and len({value}) < SHORT else {self.filters[node.name]}({value}))")
+            before = f"(tick(2) or {{0}}{_TEXT_FILTERS[node.name]} if type({{0}} := "
+            self._named(node.node, frame, before, f") is str and len({{0}}) < SHORT else {function}({{0}}))")
             return
         super().visit_Filter(node, frame)
 
     @optimizeconst
     def visit_Test(self, node: nodes.Test, frame: Frame) -> None:
         if node.name in _TESTS and not node.args and not node.kwargs:
-            value = self.temporary_identifier()
-            self.write(f"(W.lift({self.tests[node.name]}, {value}) if type({value} := ")
-            self.visit(node.node, frame)
-            self.write(f") is V else {_TESTS[node.name].format(value)})")
+            before = f"(W.lift({self.tests[node.name]}, {{0}}) if type({{0}} := "
+            self._named(node.node, frame, before, f") is V else {_TESTS[node.name]})")
             return
         super().visit_Test(node, frame)
+
+    def _named(self, node: nodes.Node, frame: Frame, before: str, after: str) -> None:
+        """Write a node between two texts of code, in which ``{0}`` is a variable that holds its value."""
+        value = self.temporary_identifier()
+        self.write(before.format(value))
+        self.visit(node, frame)
+        self.write(after.format(value))
 
     def _settled(self, node: nodes.Node, frame: Frame) -> None:
         """An expression whose value is kept, and so must not be an iterator, which only one world could go through."""

@@ -14,9 +14,9 @@ from jinja2.utils import Namespace, missing
 
 from chatloss.meter import Bounds
 from chatloss.sandbox import DICT_METHODS, SHORT, SLICED, SafeNamespace, Sandbox
-from chatloss.traced.code import Generator
 from chatloss.traced.loop import Loop
-from chatloss.traced.varied import Buffer, Unproven, Varied
+from chatloss.traced.statements import Generator
+from chatloss.traced.varied import MOST, Buffer, Unproven, Varied
 from chatloss.traced.worlds import Worlds
 
 __all__ = ["TracedSandbox"]
@@ -161,6 +161,8 @@ class TracedSandbox(Sandbox):
         varied = any(type(value) is Varied for value in (__obj, *args, *kwargs.values()))
         if __obj is SafeNamespace and not any(type(value) is Varied for value in args):
             made = super().call(__context, __obj, *args, **{key: worlds.kept(one) for key, one in kwargs.items()})
+            if len(worlds.spaces) > MOST:
+                raise Unproven("too many namespaces")
             worlds.spaces[id(made)] = made, worlds.mask
             return made
         if varied and type(__obj) is not Macro:

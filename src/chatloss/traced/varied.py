@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-__all__ = ["Buffer", "Facets", "Unproven", "Varied", "merged"]
+__all__ = ["MOST", "Buffer", "Facets", "Unproven", "Varied", "merged"]
 
 Facets = list[tuple[int, Any]]
+MOST = 200_000  # of anything that is kept until the pass ends, and would not be by one rendering
 _SCALARS = frozenset((str, int, bool, type(None)))  # equal ones are written alike; 0.0 and -0.0 are not
 
 
@@ -111,6 +112,8 @@ class Buffer:
         if self.pieces and self.pieces[-1][0] == mask:
             self.pieces[-1][1].append(text)
         else:
+            if len(self.pieces) > MOST:
+                raise Unproven("the renderings take turns too often")
             self.pieces.append((mask, [text]))
 
     def texts(self, worlds: int) -> Facets:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from jinja2.runtime import LoopContext, Undefined
-from jinja2.utils import missing
+from jinja2.utils import Namespace, missing
 
 from chatloss.meter import Exceeded
 from chatloss.traced.loop import Loop
@@ -178,9 +178,9 @@ class Worlds:
         return value
 
     def kept(self, value: Any) -> Any:
-        """`value`, which must not be a loop: that goes on when some worlds have left it."""
-        if type(value) in (Loop, LoopContext):
-            raise Unproven("a loop is kept")
+        """`value`, which must not be a loop or a namespace: those go on when some worlds have left them."""
+        if type(value) in (Loop, LoopContext) or isinstance(value, Namespace):
+            raise Unproven("what changes is kept")
         return value
 
     def write(self, buffer: Buffer, text: Any) -> None:

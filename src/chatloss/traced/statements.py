@@ -9,13 +9,13 @@ from typing import Any, cast
 from jinja2 import nodes
 from jinja2.compiler import Frame, MacroRef
 
-from chatloss.sandbox import EACH
+from chatloss.sandbox import EACH, SEARCHED, WEIGHED
 from chatloss.traced.expressions import Expressions, Unsupported
 
 __all__ = ["Generator"]
 
 _MOST_BRANCHES = 32
-_MOST_CODE = 4_000_000
+_MOST_CODE = 1_500_000
 
 
 class Generator(Expressions):
@@ -169,9 +169,11 @@ class Generator(Expressions):
         loop_frame.symbols.analyze_node(node, for_branch="body")
         if any(name.ctx == "store" and name.name == "loop" for name in node.find_all(nodes.Name)):
             raise Unsupported("an assignment to loop")
+        assert isinstance(node.iter, nodes.Filter) and node.iter.name == EACH
+        cost = cast(nodes.Const, node.iter.args[0]).value
         chosen = ""
         if node.test:
-            chosen = self._loop_filter(node, loop_frame, test_frame)
+            chosen = self._loop_filter(node, loop_frame, test_frame, cost)
         if loop:
             self.writeline(f"{loop} = missing")
         self.writeline("for ", node)
@@ -183,8 +185,6 @@ class Generator(Expressions):
             self.visit(node.target, loop_frame)
         leaving = _leaves(node) or not self._loops  # in the outermost loop worlds may die
         self.write(f"{f', {loop}' if loop else ''} in W.loop(")
-        assert isinstance(node.iter, nodes.Filter) and node.iter.name == EACH
-        cost = cast(nodes.Const, node.iter.args[0]).value
         if chosen:
             self.write(f"W.lift({chosen}, ")
         values = node.iter.node
@@ -207,9 +207,16 @@ class Generator(Expressions):
         self.outdent()
         self.leave_frame(loop_frame)
 
-    def _loop_filter(self, node: nodes.For, loop_frame: Frame, test_frame: Frame) -> str:
-        """The function that chooses the items of ``for x in y if z``, as a list."""
+    def _loop_filter(self, node: nodes.For, loop_frame: Frame, test_frame: Frame, cost: int) -> str:
+        """The function that chooses the items of ``for x in y if z``, as a list.
+
+        jinja chooses each item when its turn comes, so the test may depend on nothing that the body can change: what a
+        namespace holds, or what a macro does. A variable of its own cannot, for the body's are others.
+        """
         assert node.test is not None
+        changing = self._assigned - {name.name for name in _names(node.target)}
+        if any(name.name in changing for part in _opaque(node.test) for name in _names(part)):
+            raise Unsupported("a loop chooses its items by what may change")
         name = self.temporary_identifier()
         test_frame.symbols.analyze_node(node, for_branch="test")
         self.writeline(f"def {name}(values):", node.test)
@@ -218,7 +225,7 @@ class Generator(Expressions):
         self.enter_frame(test_frame)
         self.writeline("for ")
         self.visit(node.target, loop_frame)
-        self.write(" in values:")
+        self.write(f" in W.loop(values, {cost}, False, False):")
         self.indent()
         self.writeline("if W.plain(", node.test)
         self.visit(node.test, test_frame)
@@ -313,6 +320,17 @@ def _raises(body: list[nodes.Node]) -> bool:
 def _leaves(node: nodes.Node) -> bool:
     """Whether it holds ``break`` or ``continue``."""
     return any(True for kind in (nodes.Break, nodes.Continue) for _ in node.find_all(kind))
+
+
+def _opaque(node: nodes.Node) -> Iterator[nodes.Node]:
+    """The parts of a test that do more than compare values."""
+    counted = isinstance(node, nodes.Filter) and node.name in (WEIGHED, SEARCHED)
+    plain = (nodes.Name, nodes.Const, nodes.Compare, nodes.Operand, nodes.And, nodes.Or, nodes.Not)
+    if counted or isinstance(node, plain):
+        for part in node.iter_child_nodes():
+            yield from _opaque(part)
+    else:
+        yield node
 
 
 def _names(node: nodes.Node) -> Iterator[nodes.Name]:
