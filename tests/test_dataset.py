@@ -17,6 +17,7 @@ from chatloss.config import Recipe
 from chatloss.dataset import Joined, Prepared
 from chatloss.demo import chats_file, tokenizer_directory
 from chatloss.errors import DataError, RecipeError
+from chatloss.manifest import FORMAT
 from chatloss.pipeline import examples
 from chatloss.policy import Policy
 from chatloss.prepare import Job, prepare
@@ -188,7 +189,8 @@ def test_a_row_that_is_none_is_refused(directory: Path, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for column, value in (("span_ends", 10_000), ("span_ends", 0), ("span_reasons", 99), ("input_ids", -5)):
+    for column, value in (("rest_span_ends", 10_000), ("rest_span_ends", 0), ("rest_span_reasons", 99),
+                          ("rest_ids", -5)):
         copy = edited(directory, tmp_path / f"{column} {value}")
         shard = copy / "shards" / "000000.parquet"
         table = pq.read_table(shard)
@@ -221,8 +223,9 @@ def test_what_is_no_manifest_is_told(directory: Path, tmp_path: Path, text: str)
     assert caught.value.where == str(copy / "manifest.json")
 
 
-def test_rows_of_another_format_are_to_be_prepared_again(directory: Path, tmp_path: Path) -> None:
-    job = {**Prepared(directory).manifest["job"], "format": 1}
-    with pytest.raises(DataError, match="have format 1") as caught:
+@pytest.mark.parametrize("version", [1, FORMAT - 1, FORMAT + 1])
+def test_rows_of_another_format_are_to_be_prepared_again(directory: Path, tmp_path: Path, version: int) -> None:
+    job = {**Prepared(directory).manifest["job"], "format": version}
+    with pytest.raises(DataError, match=f"have format {version}, and this version reads {FORMAT}") as caught:
         Prepared(edited(directory, tmp_path / "copy", job=job, counts={}))
     assert "--fresh" in caught.value.hint

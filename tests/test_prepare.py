@@ -69,6 +69,17 @@ def test_rows_are_those_of_the_encoder_whatever_the_number_of_workers(chats: Pat
 
 
 @pytest.mark.usefixtures("small")
+def test_rows_that_begin_alike_are_stored_in_parts_and_counted_whole(chats: Path) -> None:
+    job = Job(JOB.tokenizer, policy=Policy(row_format="per_turn"))
+    counts = prepare([str(chats)], "out", job)["counts"]
+    assert_is_encoded("out", str(chats), job)
+    rows = [row for rows in Prepared("out") for row in rows]
+    assert counts["rows"] == len(rows) > 265 and counts["tokens"] == sum(map(len, rows))
+    assert counts["trained"] == sum(row.n_trained for row in rows)
+    assert sum(map(len, pq.read_table("out/shards")["rest_ids"].to_pylist())) < 0.8 * counts["tokens"]
+
+
+@pytest.mark.usefixtures("small")
 def test_every_shard_has_its_checksum_and_every_record_is_counted(chats: Path) -> None:
     with chats.open("a") as file:
         file.write('{"messages": 3}\n\nnot json\n{"messages": [{"role": "user", "content": "no answer"}]}\n')

@@ -1,26 +1,37 @@
-"""The columns of a shard, made from buffers: no Python object for any token, and no import of pandas by `pa.array`."""
+"""The columns of a shard, made from buffers: no Python object for any token, and no import of pandas by `pa.array`.
+
+Rows of one conversation often begin alike: a row per turn, each with all that was said before. So a row says how many
+ids and spans at its beginning are those of the last row of its conversation, which is whole, and holds the rest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, compress, count
+from operator import attrgetter, ne
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from chatloss.sample import Sample, Span
+from chatloss.manifest import Counts
+from chatloss.sample import Reason, Sample, Span
 
-__all__ = ["SPANS", "schema", "table"]
+__all__ = ["SPANS", "Part", "parts_of", "schema", "table"]
 
-SPANS = ("span_ends", "span_messages", "span_weights", "span_reasons")
+SPANS = ("rest_span_ends", "rest_span_messages", "rest_span_weights", "rest_span_reasons")
+_REASONS = {int(reason): reason.name.lower() for reason in Reason}
 
 
 def schema(export: str) -> Any:
     """The Arrow schema of a shard: all that a `Sample` holds ("rows"), or what other trainers read ("labels").
 
     `conversation` numbers the conversations (pairs, judged answers) of a shard, `conversation_trained` counts the
-    trained tokens of all its rows, `side` is that of `pipeline.Encoded`. A span starts where the one before it ends.
-    `turns` holds `Sample.outcomes` and `Sample.untrained`.
+    trained tokens of all its rows, `side` is that of `pipeline.Encoded`. A row begins with the first `shared_ids` ids
+    and `shared_spans` spans of the last row of its conversation; where `turns` (`Sample.outcomes`, `Sample.untrained`)
+    is null, it has those of that row too. A span starts where the one before it ends.
     """
     import pyarrow as pa
 
@@ -37,27 +48,98 @@ def schema(export: str) -> Any:
     types = {
         "file": pa.string(), "row": pa.int64(), "side": pa.string(),
         "conversation": pa.int32(), "conversation_trained": pa.int64(),
-        "input_ids": ids, "span_ends": ids, "span_messages": ids,
-        "span_weights": pa.list_(pa.field("element", pa.float32(), nullable=False)),
-        "span_reasons": pa.list_(pa.field("element", pa.uint8(), nullable=False)),
+        "shared_ids": pa.int32(), "rest_ids": ids,
+        "shared_spans": pa.int32(), "rest_span_ends": ids, "rest_span_messages": ids,
+        "rest_span_weights": pa.list_(pa.field("element", pa.float32(), nullable=False)),
+        "rest_span_reasons": pa.list_(pa.field("element", pa.uint8(), nullable=False)),
         "turns": pa.list_(pa.field("element", turn, nullable=False)),
     }
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
+    return pa.schema([pa.field(name, kind, nullable=name == "turns") for name, kind in types.items()])
 
 
-def table(rows: Sequence[tuple[int, str, Sample]], schema: Any, export: str) -> Any:
-    """The Arrow table of (number of the conversation, side, row)."""
+class Part(NamedTuple):
+    """A row as it is stored. `turns` are its outcomes and untrained, None where they are those of the last row."""
+
+    conversation: int
+    side: str
+    source: str
+    shared_ids: int
+    ids: npt.NDArray[np.int32]
+    shared_spans: int
+    spans: tuple[Span, ...]
+    turns: tuple[Mapping[int, str], Mapping[int, str]] | None
+
+
+def parts_of(conversation: int, rows: Sequence[tuple[str, Sample]], export: str) -> list[Part]:
+    """All (side, row) of one conversation, pair or judged answer. Labels share nothing: others read them."""
+    last = rows[-1][1]
+    found = []
+    for i, (side, row) in enumerate(rows, 1):
+        ids, spans, turns = 0, 0, (row.outcomes, row.untrained)
+        if i < len(rows) and export == "rows":
+            ids, spans = _shared(row, last)
+        alike = i < len(rows) and turns == (last.outcomes, last.untrained)
+        rest = row.input_ids[ids:].copy() if ids else row.input_ids  # a copy, to let go of the whole
+        found.append(
+            Part(conversation, side, row.source, ids, rest, spans, row.spans[spans:], None if alike else turns)
+        )
+    return found
+
+
+def _shared(row: Sample, last: Sample) -> tuple[int, int]:
+    """How many ids, and how many spans of these ids, are the same at the beginning of two rows."""
+    size = min(len(row), len(last))
+    differing = row.input_ids[:size] != last.input_ids[:size]
+    first = int(differing.argmax()) if size else 0
+    ids = first if size and differing[first] else size
+    spans = min(bisect_right(row.spans, ids, key=attrgetter("end")), len(last.spans))
+    if row.spans[:spans] != last.spans[:spans]:
+        spans = next(compress(count(), map(ne, row.spans, last.spans)))
+    return ids, spans
+
+
+def table(parts: Sequence[Part], schema: Any, export: str) -> tuple[Any, Counts]:
+    """The Arrow table of all parts of some conversations, and how many rows and tokens that is."""
     import pyarrow as pa
 
-    columns = _label_columns([row for *_, row in rows], schema) if export == "labels" else _columns(rows, schema)
-    return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
+    spans = _Spans(parts)
+    columns = _label_columns(parts, spans, schema) if export == "labels" else _columns(parts, spans, schema)
+    return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema), spans.counts
 
 
-def _label_columns(rows: Sequence[Sample], schema: Any) -> dict[str, Any]:
-    lengths = [len(row) for row in rows]
-    spans = [span for row in rows for span in row.spans]
-    ids = np.concatenate([row.input_ids for row in rows])
-    trained = np.repeat([span.weight != 0 for span in spans], [span.end - span.start for span in spans])
+class _Spans:
+    """The spans that are stored in parts, in arrays; and what they count for, shared ones in each row that has them."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        spans = [span for part in parts for span in part.spans]
+        self.of_row = [len(part.spans) for part in parts]
+        self.ends = np.array([span.end for span in spans], np.int32)
+        self.messages = np.array([span.message for span in spans], np.int32)
+        self.weights = np.array([span.weight for span in spans], np.float32)
+        self.reasons = np.frombuffer(bytes([span.reason for span in spans]), np.uint8)
+        self.lengths = self.ends - np.array([span.start for span in spans], np.int32)
+
+        first = np.array([0, *accumulate(self.of_row)])
+        _, which, rows = np.unique([part.conversation for part in parts], return_inverse=True, return_counts=True)
+        begins = first[np.cumsum(rows) - 1][which]  # of the last row of each row's conversation
+        ends = begins + [part.shared_spans for part in parts]
+        more = np.bincount(begins, minlength=len(spans) + 1) - np.bincount(ends, minlength=len(spans) + 1)
+        times = 1 + np.cumsum(more[:-1])  # how many rows have each of the spans
+        trained = np.where(self.weights != 0, self.lengths, 0)
+        before = np.concatenate([[0], np.cumsum(trained)])
+        of_row = np.diff(before[first]) + before[ends] - before[begins]
+        self.conversation_trained = np.bincount(which, of_row).astype(np.int64)[which]
+        tokens = np.bincount(self.reasons, self.lengths * times)
+        self.counts = Counts(
+            rows=len(parts), tokens=int(tokens.sum()), trained=int(of_row.sum()),
+            reasons=Counter({_REASONS[i]: int(tokens[i]) for i in np.flatnonzero(tokens).tolist()}),
+        )
+
+
+def _label_columns(parts: Sequence[Part], spans: _Spans, schema: Any) -> dict[str, Any]:
+    lengths = [len(part.ids) for part in parts]
+    ids = np.concatenate([part.ids for part in parts])
+    trained = np.repeat(spans.weights != 0, spans.lengths)
     values = {
         "input_ids": ids, "attention_mask": np.ones(len(ids), np.int8),
         "labels": np.where(trained, ids, np.int32(-100)),
@@ -65,38 +147,25 @@ def _label_columns(rows: Sequence[Sample], schema: Any) -> dict[str, Any]:
     return {name: _lists(flat, lengths, schema.field(name).type) for name, flat in values.items()}
 
 
-def _columns(rows: Sequence[tuple[int, str, Sample]], schema: Any) -> dict[str, Any]:
-    numbers, sides, samples = zip(*rows, strict=True)
-    places = [row.source.removesuffix(f" {side}").rpartition(":") for _, side, row in rows]
-    spans = [span for row in samples for span in row.spans]
-    sizes = [len(row.spans) for row in samples]
+def _columns(parts: Sequence[Part], spans: _Spans, schema: Any) -> dict[str, Any]:
+    places = [part.source.removesuffix(f" {part.side}").rpartition(":") for part in parts]
     flat: dict[str, npt.NDArray[Any]] = {
         "row": np.array([int(row) for *_, row in places], np.int64),
-        "conversation": np.array(numbers, np.int32),
-        "conversation_trained": _trained(numbers, sizes, spans),
+        "conversation": np.array([part.conversation for part in parts], np.int32),
+        "conversation_trained": spans.conversation_trained,
+        "shared_ids": np.array([part.shared_ids for part in parts], np.int32),
+        "shared_spans": np.array([part.shared_spans for part in parts], np.int32),
     }
-    lists: dict[str, npt.NDArray[Any]] = {
-        "span_ends": np.array([span.end for span in spans], np.int32),
-        "span_messages": np.array([span.message for span in spans], np.int32),
-        "span_weights": np.array([span.weight for span in spans], np.float32),
-        "span_reasons": np.frombuffer(bytes([span.reason for span in spans]), np.uint8),
-    }
-    ids, lengths = np.concatenate([row.input_ids for row in samples]), [len(row) for row in samples]
+    of_spans: tuple[npt.NDArray[Any], ...] = (spans.ends, spans.messages, spans.weights, spans.reasons)
+    ids, lengths = np.concatenate([part.ids for part in parts]), [len(part.ids) for part in parts]
     return {
-        "file": _texts([file for file, *_ in places]), "side": _texts(sides),
+        "file": _texts([file for file, *_ in places]), "side": _texts([part.side for part in parts]),
         **{name: _flat(values, schema.field(name).type) for name, values in flat.items()},
-        "input_ids": _lists(ids, lengths, schema.field("input_ids").type),
-        **{name: _lists(values, sizes, schema.field(name).type) for name, values in lists.items()},
-        "turns": _turns(samples, schema.field("turns").type),
+        "rest_ids": _lists(ids, lengths, schema.field("rest_ids").type),
+        **{name: _lists(values, spans.of_row, schema.field(name).type)
+           for name, values in zip(SPANS, of_spans, strict=True)},
+        "turns": _turns([part.turns for part in parts], schema.field("turns").type),
     }
-
-
-def _trained(numbers: Sequence[int], sizes: Sequence[int], spans: Sequence[Span]) -> npt.NDArray[np.int64]:
-    """For every row the trained tokens of its whole conversation."""
-    _, places = np.unique(numbers, return_inverse=True)
-    totals = np.zeros(len(numbers), np.int64)
-    np.add.at(totals, np.repeat(places, sizes), [span.end - span.start if span.weight else 0 for span in spans])
-    return totals[places]
 
 
 def _flat(values: npt.NDArray[Any], kind: Any) -> Any:
@@ -112,6 +181,13 @@ def _ends(sizes: Sequence[int]) -> Any:
     return pa.py_buffer(np.cumsum([0, *sizes], dtype=np.int32))
 
 
+def _there(known: Sequence[bool]) -> Any:
+    """Which values are not null."""
+    import pyarrow as pa
+
+    return pa.py_buffer(np.packbits(np.array(known, bool), bitorder="little"))
+
+
 def _lists(values: npt.NDArray[Any], sizes: Sequence[int], kind: Any) -> Any:
     """A column of lists of these sizes, one after the other in `values`."""
     import pyarrow as pa
@@ -123,21 +199,21 @@ def _texts(texts: Sequence[str | None]) -> Any:
     """A column of texts; None is null."""
     import pyarrow as pa
 
-    there = np.packbits([text is not None for text in texts], bitorder="little")
     data = [(text or "").encode() for text in texts]
-    buffers = [pa.py_buffer(there), _ends([len(text) for text in data]), pa.py_buffer(b"".join(data))]
-    return pa.Array.from_buffers(pa.string(), len(texts), buffers)
+    there, ends = _there([text is not None for text in texts]), _ends([len(text) for text in data])
+    return pa.Array.from_buffers(pa.string(), len(texts), [there, ends, pa.py_buffer(b"".join(data))])
 
 
-def _turns(rows: Sequence[Sample], kind: Any) -> Any:
+def _turns(rows: Sequence[tuple[Mapping[int, str], Mapping[int, str]] | None], kind: Any) -> Any:
     import pyarrow as pa
 
-    messages = [sorted({*row.outcomes, *row.untrained}) for row in rows]
-    turns = [(row, message) for row, of_row in zip(rows, messages, strict=True) for message in of_row]
+    messages = [sorted({*row[0], *row[1]}) if row else [] for row in rows]
+    turns = [(*row, message) for row, of_row in zip(rows, messages, strict=True) if row for message in of_row]
     inner = [
-        _flat(np.array([message for _, message in turns], np.int32), pa.int32()),
-        _texts([row.outcomes.get(message) for row, message in turns]),
-        _texts([row.untrained.get(message) for row, message in turns]),
+        _flat(np.array([message for *_, message in turns], np.int32), pa.int32()),
+        _texts([outcomes.get(message) for outcomes, _, message in turns]),
+        _texts([untrained.get(message) for _, untrained, message in turns]),
     ]
     flat = pa.Array.from_buffers(kind.value_type, len(turns), [None], children=inner)
-    return pa.Array.from_buffers(kind, len(rows), [None, _ends([len(of_row) for of_row in messages])], children=[flat])
+    there = _there([row is not None for row in rows])
+    return pa.Array.from_buffers(kind, len(rows), [there, _ends([len(of_row) for of_row in messages])], children=[flat])

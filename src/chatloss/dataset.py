@@ -1,7 +1,7 @@
 """Prepared rows on disk: the columns of a shard, writing them, and reading examples back one at a time.
 
 A shard is a Parquet file. The rows of a conversation lie together, in one row group, so that any example can be read
-without what is beside it.
+without what is beside it; what they begin with alike is there once, and joined when they are read.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
-from chatloss.columns import SPANS, schema, table
+from chatloss.columns import SPANS, Part, parts_of, schema, table
 from chatloss.errors import DataError
 from chatloss.folders import Folder, file_size, is_uri
-from chatloss.manifest import MANIFEST, differences, fingerprints, read_manifest
+from chatloss.manifest import MANIFEST, Counts, differences, fingerprints, read_manifest
 from chatloss.pairs import Answer, Pair
 from chatloss.sample import Decode, Reason, Sample, Span
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MANIFEST", "Joined", "Prepared", "PreparedPairs", "ShardWriter", "is_prepared", "prepared_answers"]
 
-GROUP_TOKENS = 2**16  # of a row group: what is decoded to read one example
+GROUP_TOKENS = 2**16  # of a row group, as stored: what is decoded to read one example
 KEPT_GROUPS, KEPT_FILES = 16, 64
 _KINDS, _SIDES = ("conversations", "pairs", "judged"), ("chosen", "rejected")
 T = TypeVar("T")
@@ -44,8 +44,9 @@ class ShardWriter:
 
         self.export = export
         self.schema = schema(export)
-        self.conversations = self.rows = 0
-        self._waiting: list[tuple[int, str, Sample]] = []
+        self.conversations = 0
+        self.counts = Counts()  # rows and tokens, when all is written
+        self._waiting: list[Part] = []
         self._tokens = 0
         self._file = pq.ParquetWriter(
             path, self.schema, compression="zstd", compression_level=1,
@@ -61,10 +62,10 @@ class ShardWriter:
 
     def add(self, rows: Sequence[tuple[str, Sample]]) -> None:
         """All (side, row) of one conversation, pair or judged answer."""
-        self._waiting += [(self.conversations, side, row) for side, row in rows]
+        parts = parts_of(self.conversations, rows, self.export)
+        self._waiting += parts
         self.conversations += 1
-        self.rows += len(rows)
-        self._tokens += sum(len(row) for _, row in rows)
+        self._tokens += sum(len(part.ids) for part in parts)
         if self._tokens >= GROUP_TOKENS:
             self._flush()
 
@@ -74,7 +75,8 @@ class ShardWriter:
 
     def _flush(self) -> None:
         if self._waiting:
-            made = table(self._waiting, self.schema, self.export)
+            made, counts = table(self._waiting, self.schema, self.export)
+            self.counts.merge(counts)
             self._file.write_table(made, row_group_size=len(self._waiting))
             self._waiting, self._tokens = [], 0
 
@@ -129,9 +131,8 @@ class Prepared(Sequence[list[Sample]]):
         number = index - (self._ends[shard - 1] if shard else 0)
         firsts = self._file(shard)[1]
         group = self._group(shard, bisect_right(firsts, number) - 1)
-        a, b = np.searchsorted(group.conversations, [number, number + 1])
         try:
-            return [(group.side(i), group.sample(i, self._decode)) for i in range(a, b)]
+            return group.rows(number, self._decode)
         except (ValueError, IndexError, AssertionError) as error:
             raise self._damaged(shard, error) from None
 
@@ -268,40 +269,67 @@ class _Group:
 
     def __init__(self, table: Any) -> None:
         self._table = table.combine_chunks()
-        self.conversations: npt.NDArray[np.int32] = self._table["conversation"].to_numpy()
+        self._conversations = self._flat("conversation")
+
+    def rows(self, number: int, decode: Decode | None) -> list[tuple[str, Sample]]:
+        """(side, row) of all rows of a conversation. Raises `ValueError` for what no writer has written."""
+        first, end = np.searchsorted(self._conversations, [number, number + 1])
+        if first == end:
+            raise ValueError(f"conversation {number} is not there")
+        last = self._sample(end - 1, None, decode)
+        found = [*(self._sample(row, last, decode) for row in range(first, end - 1)), last]
+        return list(zip(map(self._side, range(first, end)), found, strict=True))
+
+    def _flat(self, name: str) -> npt.NDArray[Any]:
+        values: npt.NDArray[Any] = self._table[name].to_numpy()
+        return values
 
     @cached_property
-    def _columns(self) -> dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+    def _shared(self) -> list[tuple[int, int]]:
+        return list(zip(self._flat("shared_ids").tolist(), self._flat("shared_spans").tolist(), strict=True))
+
+    @cached_property
+    def _lists(self) -> dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
         """(offsets, values) of the list columns."""
         found = {}
-        for name in ("input_ids", *SPANS):
+        for name in ("rest_ids", *SPANS):
             [chunk] = self._table[name].chunks
             found[name] = chunk.offsets.to_numpy(), chunk.values.to_numpy()
         return found
 
     def _values(self, name: str, row: int) -> npt.NDArray[Any]:
-        offsets, values = self._columns[name]
+        offsets, values = self._lists[name]
         return values[offsets[row] : offsets[row + 1]]
 
-    def side(self, row: int) -> str:
+    def _side(self, row: int) -> str:
         return str(self._table["side"][row].as_py())
 
-    def sample(self, row: int, decode: Decode | None) -> Sample:
-        ends, messages, weights, reasons = (self._values(name, row).tolist() for name in SPANS)
-        turns = self._table["turns"][row].as_py()
-        ids = self._values("input_ids", row)
+    def _sample(self, row: int, last: Sample | None, decode: Decode | None) -> Sample:
+        """One row; `last` is the last one of its conversation, None for itself."""
+        ids, turns = self._values("rest_ids", row), self._table["turns"][row].as_py()
+        spans: tuple[Span, ...] = ()
+        shared_ids, shared_spans = self._shared[row]
+        if last is None:
+            if shared_ids or shared_spans or turns is None:
+                raise ValueError("the last row of a conversation is not there")
+        else:
+            if not (0 <= shared_ids <= len(last) and 0 <= shared_spans <= len(last.spans)):
+                raise ValueError("a row shares more than there is")
+            ids = np.concatenate([last.input_ids[:shared_ids], ids])
+            spans = last.spans[:shared_spans]
         if not len(ids) or ids.min() < 0:
             raise ValueError("ids are numbers from 0 on")
-        return Sample(
-            ids,
-            tuple(Span(*span) for span in zip([0, *ends][: len(ends)], ends, messages, weights, map(Reason, reasons),
-                                              strict=True)),
-            {turn["message"]: turn["outcome"] for turn in turns if turn["outcome"] is not None},
-            self._source(row),
-            {turn["message"]: turn["untrained"] for turn in turns if turn["untrained"] is not None}, decode,
-        )
+        ends, messages, weights, reasons = (self._values(name, row).tolist() for name in SPANS)
+        starts = [spans[-1].end if spans else 0, *ends][: len(ends)]
+        spans += tuple(map(Span, starts, ends, messages, weights, map(Reason, reasons)))
+        if turns is None and last is not None:
+            outcomes, untrained = dict(last.outcomes), dict(last.untrained)
+        else:
+            outcomes = {turn["message"]: turn["outcome"] for turn in turns if turn["outcome"] is not None}
+            untrained = {turn["message"]: turn["untrained"] for turn in turns if turn["untrained"] is not None}
+        return Sample(ids, spans, outcomes, self._source(row), untrained, decode)
 
     def _source(self, row: int) -> str:
         place = f"{self._table['file'][row].as_py()}:{self._table['row'][row].as_py()}"
-        side = self.side(row)
+        side = self._side(row)
         return f"{place} {side}" if side in ("chosen", "rejected") else place

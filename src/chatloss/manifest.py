@@ -17,15 +17,13 @@ from chatloss.encode import ChatEncoder
 from chatloss.errors import DataError
 from chatloss.folders import Folder
 from chatloss.pipeline import Encoded
-from chatloss.sample import Reason
 from chatloss.values import parse_json
 
 __all__ = ["FORMAT", "MANIFEST", "Counts", "differences", "file_sha256", "fingerprints", "read_manifest", "shard_file",
            "write_json"]
 
-FORMAT = 4
+FORMAT = 5
 MANIFEST = "manifest.json"
-_NAMES = {reason: reason.name.lower() for reason in Reason}
 
 
 @dataclass(slots=True)
@@ -33,7 +31,8 @@ class Counts:
     """What became of the records of a shard, or of all of them.
 
     ``records = conversations + pairs + judged + sum(rejected)``; of all that are not rejected `empty` have no row.
-    `outcomes` and `untrained` count turns, `reasons` tokens, `tokens` and `trained` the tokens of all rows.
+    `outcomes` and `untrained` count turns, `reasons` tokens, `tokens` and `trained` the tokens of all rows. Rows and
+    tokens are counted where they are written.
     """
 
     records: int = 0
@@ -50,7 +49,7 @@ class Counts:
     reasons: Counter[str] = field(default_factory=Counter)
 
     def add(self, record: Sequence[Encoded]) -> None:
-        """Count one conversation, one pair or one judged answer."""
+        """Count one conversation, one pair or one judged answer, without its rows."""
         if len(record) == 2:
             self.pairs += 1
         elif record[0].side:
@@ -59,17 +58,10 @@ class Counts:
             self.conversations += 1
         self.empty += not any(made.encoding.rows for made in record)
         for encoding in (made.encoding for made in record):
-            self.rows += len(encoding.rows)
             for outcome in encoding.outcomes.values():
                 self.outcomes[outcome] += 1
             for why in encoding.untrained.values():
                 self.untrained[why] += 1
-            for row in encoding.rows:
-                self.tokens += len(row)
-                for span in row.spans:
-                    size = span.end - span.start
-                    self.trained += size if span.weight else 0
-                    self.reasons[_NAMES[span.reason]] += size
 
     def merge(self, other: Counts) -> None:
         """Add another shard's counts."""

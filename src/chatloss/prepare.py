@@ -134,8 +134,9 @@ def run_shard(job: Job, encoder: ChatEncoder, shard: Shard, folder: Folder) -> C
                 rows = [(made.side, row) for made in record for row in made.encoding.rows]
                 if rows:
                     writer.add(rows)
-        done = {"file": file, "conversations": writer.conversations, "rows": writer.rows,
+        done = {"file": file, "conversations": writer.conversations, "rows": writer.counts.rows,
                 "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    counts.merge(writer.counts)
     counts.records, counts.rejected = reader.n_rows, reader.reject_counts
     rejects = [asdict(reject) for reject in reader.rejects]
     fast = isinstance(encoder.tokens, FlatTokens)
