@@ -209,7 +209,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             TICK: meter.tick, EACH: meter.each, WEIGHED: meter.weighed, SLICED: self._sliced,
             CONCATENATED: self._concatenated, SEARCHED: self._searched,
         }
-        self.filters |= {name: _never_folded(function) for name, function in own.items()}
+        self.filters |= {name: never_folded(function) for name, function in own.items()}
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = lambda form: clock().strftime(meter.narrow(form))
         self.globals["dict"] = _SafeDict()
@@ -371,7 +371,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return bounded
 
 
-def _never_folded(function: Callable[..., Any]) -> Callable[..., Any]:
+def never_folded(function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter that the compiler does not evaluate, because it might depend on the context."""
 
     @pass_context

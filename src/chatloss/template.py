@@ -18,6 +18,7 @@ from jinja2.exceptions import TemplateSyntaxError
 from chatloss.chat import REASONING_KEYS
 from chatloss.errors import ChatlossError, TemplateError
 from chatloss.sandbox import Bounds, Exceeded, Sandbox
+from chatloss.shapes.shapes import Shapes
 from chatloss.traced import TracedTemplate, Unsupported, World
 
 __all__ = ["ChatTemplate", "Formats"]
@@ -136,21 +137,30 @@ class ChatTemplate:
         name, text = self.select(tools)
         if not self.trace or not worlds:
             return [None] * len(worlds)
-        passes = self._local.passes
+        passes, shapes = self._local.passes, self._local.shapes
         if name not in passes:
             try:
                 passes[name] = TracedTemplate(text, self.clock, self.bounds)
+                shapes[name] = Shapes(text, self.clock, self.bounds, self.special_tokens)
             except Unsupported:
-                passes[name] = None
-        traced = passes[name]
+                passes.setdefault(name)
+                shapes.setdefault(name)
+        traced, known = passes[name], shapes[name]
         if traced is None:
             self.traced["rendered alone"] += len(worlds)
             return [None] * len(worlds)
-        made = traced.render(
-            [_aliased(message) for message in messages],
-            [World(one.count, one.prompt, (one.swap[0], _aliased(one.swap[1]))) if one.swap else one for one in worlds],
-            tools=None if tools is None else list(tools), documents=None, **{**self.special_tokens, **kwargs},
-        )
+        messages = [_aliased(message) for message in messages]
+        worlds = [
+            World(one.count, one.prompt, (one.swap[0], _aliased(one.swap[1]))) if one.swap else one for one in worlds
+        ]
+        made = known.render(messages, worlds, tools, kwargs) if known is not None else None
+        if made is None:
+            made = traced.render(
+                messages, worlds, tools=None if tools is None else list(tools), documents=None,
+                **{**self.special_tokens, **kwargs},
+            )
+        else:
+            self.traced["of a known shape"] += 1
         refusals = {id(one): _refusal(one) for one in made if isinstance(one, Exception)}
         found = [refusals[id(one)] if isinstance(one, Exception) else one for one in made]
 
@@ -160,24 +170,30 @@ class ChatTemplate:
             except TemplateError as error:
                 return error
 
-        self._check(found, alone, still=self.clock is not datetime.now or "strftime_now" not in text)
+        still = self.clock != datetime.now or "strftime_now" not in text
+        self._check(found, alone, still, whole=known is not None and known.fresh)
         missing = found.count(None)
         self.traced["rendered alone"] += missing
         self.traced["in one pass"] += len(worlds) - missing
         return found
 
     def _check(
-        self, found: list[str | TemplateError | None], alone: Callable[[int], str | TemplateError], still: bool
+        self, found: list[str | TemplateError | None], alone: Callable[[int], str | TemplateError], still: bool,
+        whole: bool,
     ) -> None:
         """Nobody shall have to believe in the one pass: forget refusals, in place, that one of the renderings which
-        met them does not meet alone, and once in `SAMPLE` passes compare a text, if time stands `still`."""
+        met them does not meet alone, and once in `SAMPLE` passes compare a text, if time stands `still`.
+
+        What is `whole` is compared whole: the first conversation that a recording was used for.
+        """
         for i in {id(one): i for i, one in enumerate(found) if isinstance(one, TemplateError)}.values():
             refusal, single = found[i], alone(i)
             if str(single) != str(refusal) or isinstance(single, str):
                 found[:] = [None if one is refusal else one for one in found]
         self.traced["passes"] += 1
-        i = self.traced["passes"] // SAMPLE % len(found)
-        if still and self.traced["passes"] % SAMPLE == 1 and isinstance(found[i], str) and alone(i) != found[i]:
+        sample = [self.traced["passes"] // SAMPLE % len(found)] if self.traced["passes"] % SAMPLE == 1 else []
+        compared = range(len(found)) if whole else sample
+        if still and any(isinstance(found[i], str) and alone(i) != found[i] for i in compared):
             raise ChatlossError(
                 "the template rendered in one pass differs from the template rendered alone",
                 hint="--no-trace, and please report this template", kind="trace",
@@ -275,6 +291,7 @@ class _PerThread(threading.local):
         self.sandbox = Sandbox(clock, bounds)
         self.compiled: dict[str, Template] = {}
         self.passes: dict[str, TracedTemplate | None] = {}
+        self.shapes: dict[str, Shapes | None] = {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,327 @@
+"""One rendering with symbols in place of texts: the steps that are taken with them, and the guards that led there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+from jinja2.runtime import LoopContext, Undefined
+from jinja2.utils import Namespace
+
+from chatloss.meter import Exceeded, Meter
+
+__all__ = ["Pieces", "Recorder", "Step", "Symbol", "Unplanned", "told"]
+
+MOST_STEPS = 4000
+_SCALARS = frozenset((str, int, float, bool, type(None)))
+
+
+class Unplanned(Exception):
+    """Something that another conversation of the same shape may not do in the same way."""
+
+
+class Symbol:
+    """A value that another conversation has another of: `value` is that of the one which is recorded.
+
+    `slot` numbers it among the values of a program (-1: a sum of `parts` that nothing has asked for yet). `fixed`: its
+    type is the same in all conversations of the shape.
+    """
+
+    __slots__ = ("_recorder", "fixed", "parts", "slot", "value")
+
+    def __init__(self, recorder: Recorder, value: Any, slot: int, fixed: bool, parts: Pieces | None = None) -> None:
+        self._recorder = recorder
+        self.value, self.slot, self.fixed, self.parts = value, slot, fixed, parts
+
+    def __bool__(self) -> bool:
+        return self._recorder.truth(self)
+
+    def _unplanned(self, *args: Any) -> NoReturn:
+        raise Unplanned("a text was used in a way that is not recorded")
+
+    __str__ = __repr__ = __len__ = __iter__ = __hash__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = _unplanned
+    __ge__ = __contains__ = __getitem__ = __index__ = __int__ = __float__ = __format__ = __call__ = _unplanned
+    __add__ = __radd__ = __mul__ = __rmul__ = __mod__ = __rmod__ = __reversed__ = __fspath__ = _unplanned
+
+
+Pieces = list[str | Symbol]
+# (slot, function, arguments, keyword arguments), or (-1, what it must be, (symbol,), whether only its truth counts)
+Step = tuple[int, Any, tuple[Any, ...], Any]
+
+
+class Recorder:
+    """What code of `traced.statements` calls `W`, for one rendering alone whose varying values are symbols.
+
+    `steps` are those of all renderings since `begin`. A step that was taken before is not taken again.
+    """
+
+    mask = 1  # the one rendering runs
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+        self.tick = meter.tick
+        self.begin()
+
+    def begin(self) -> None:
+        self.steps: list[Step] = []
+        self.slots = 0
+        self._known: dict[Any, Symbol | Exception] = {}
+        self._asked: set[tuple[int, bool]] = set()
+        self._kept: list[Any] = []  # what steps are known by the identity of
+        self.start()
+
+    def start(self) -> None:
+        """Begin another rendering."""
+        self.mask = 1
+        self.left = [0]
+        self.buffer = Text()
+
+    def end(self) -> None:
+        """No symbol may be asked for anything from now on."""
+        self.slots = -1
+        self._known, self._kept = {}, []
+
+    # -- symbols ---------------------------------------------------------------------------------------------------
+
+    def leaf(self, value: Any) -> Symbol:
+        """A value that the conversation has, of a type that is its shape's."""
+        self.slots += 1
+        return Symbol(self, value, self.slots - 1, True)
+
+    def step(
+        self, name: Any, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any] | None = None,
+        fixed: bool = False,
+    ) -> Symbol:
+        """``function(*args, **kwargs)``, which depends on nothing else; `name` tells it from other functions."""
+        given, named = tuple(map(self.plain_value, args)), {k: self.plain_value(v) for k, v in (kwargs or {}).items()}
+        key = (name, tuple(map(self._key, args)), tuple((k, self._key(v)) for k, v in (kwargs or {}).items()))
+        known = self._known.get(key)
+        if isinstance(known, Exception):
+            raise known
+        if known is not None:
+            return known
+        try:
+            value = function(*given, **named)
+        except (Unplanned, Exceeded, RecursionError, MemoryError):
+            raise
+        except Exception as error:  # which every conversation must meet here
+            slot = self._next()
+            self._add((slot, partial(_raised, function), tuple(args), kwargs))
+            self._add((-1, told(error), (Symbol(self, None, slot, False),), False))
+            self._known[key] = error
+            raise
+        if isinstance(value, Iterator) or type(value) is Symbol:
+            raise Unplanned("an iterator over what a text holds")
+        made = Symbol(self, value, self._next(), fixed)
+        self._add((made.slot, function, tuple(args), kwargs))
+        self._known[key] = made
+        return made
+
+    def joined(self, parts: Sequence[str | Symbol]) -> str | Symbol:
+        """The sum of texts."""
+        flat: Pieces = []
+        for part in parts:
+            for one in part.parts or (part,) if type(part) is Symbol else (part,):
+                if type(one) is str and flat and type(flat[-1]) is str:
+                    flat[-1] += one
+                elif type(one) is Symbol or one:
+                    flat.append(one)
+        if all(type(one) is str for one in flat):
+            return "".join(flat)  # type: ignore[arg-type]
+        if len(flat) == 1:
+            return flat[0]
+        return Symbol(self, "".join([self.plain_value(one) for one in flat]), -1, True, flat)
+
+    def plain_value(self, value: Any) -> Any:
+        """What `value` is in the conversation that is recorded."""
+        if type(value) is not Symbol:
+            return value
+        if value.slot < 0:
+            value.slot = self._next()
+            self._add((value.slot, None, tuple(value.parts or ()), None))
+        return value.value
+
+    def _next(self) -> int:
+        if self.slots < 0:
+            raise Unplanned("the recording is over")
+        self.slots += 1
+        return self.slots - 1
+
+    def _add(self, step: Step) -> None:
+        self.steps.append(step)
+        if len(self.steps) > MOST_STEPS:
+            raise Unplanned("too many steps")
+
+    def _key(self, value: Any) -> Any:
+        kind = type(value)
+        if kind is Symbol:
+            return Symbol, value.slot
+        if kind in _SCALARS:
+            return kind, value
+        if _holds_symbols(value):
+            raise Unplanned("a text inside of a value")
+        if kind is list or kind is tuple:
+            return (kind, *map(self._key, value))
+        self._kept.append(value)
+        return object, id(value)
+
+    # -- guards ----------------------------------------------------------------------------------------------------
+
+    def truth(self, value: Any) -> bool:
+        """Whether `value` is true, as it must be in every conversation."""
+        if type(value) is not Symbol:
+            return bool(value)
+        found = bool(self.plain_value(value))
+        self._guard(value, found, True)
+        return found
+
+    def exactly(self, value: Any) -> Any:
+        """`value`, which every conversation must have the same of."""
+        if type(value) is not Symbol:
+            return value
+        found = self.plain_value(value)
+        if type(found) not in _SCALARS:
+            raise Unplanned("a value that is no number")
+        self._guard(value, found, False)
+        return found
+
+    def _guard(self, value: Symbol, found: Any, only_truth: bool) -> None:
+        if self.slots < 0:
+            raise Unplanned("the recording is over")
+        if (value.slot, only_truth) not in self._asked:
+            self._asked.add((value.slot, only_truth))
+            self._add((-1, found, (value,), only_truth))
+
+    def items(self, value: Any) -> Any:
+        """The items of a symbol, as many in every conversation."""
+        if type(value) is not Symbol:
+            return value
+        whole = self.plain_value(value)
+        if not isinstance(whole, list | tuple | dict | str | type({}.items()) | type({}.keys()) | type({}.values())):
+            raise Unplanned("a loop over something unusual")
+        listed = self.step("list", list, (value,), fixed=True)
+        self.exactly(self.step("len", len, (listed,), fixed=True))
+        return [self.step("item", _item, (listed, i)) for i in range(len(listed.value))]
+
+    # -- what the code of templates calls ---------------------------------------------------------------------------
+
+    def name(self, value: Any, name: str, undefined: Any) -> Any:
+        return value
+
+    def lift(self, function: Callable[..., Any], *args: Any) -> Any:
+        """A test of the sandbox, which records itself, or the choice of a loop's items."""
+        if function.__name__ == "<lambda>":
+            return self.tested(function, *args)
+        return function(*map(self.items, args) if function.__name__.startswith("t_") else args)
+
+    def tested(self, test: Callable[..., bool], *args: Any) -> Any:
+        """A comparison, or a test of a type."""
+        if "isinstance" in test.__code__.co_names and args[0].fixed:
+            return test(args[0].value)
+        return self.step(test.__code__, test, args, fixed=True)
+
+    def both(self, left: Any, right: Callable[[], Any]) -> Any:
+        return right() if self.truth(left) else left
+
+    def either(self, left: Any, right: Callable[[], Any]) -> Any:
+        return left if self.truth(left) else right()
+
+    def cond(self, test: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+        return yes() if self.truth(test) else no()
+
+    def negated(self, value: Any) -> bool:
+        return not self.truth(value)
+
+    def made(self, kind: Callable[[Iterable[Any]], Any], items: Sequence[Any]) -> Any:
+        return kind(map(self.kept, items))
+
+    def made_dict(self, keys: Sequence[Any], values: Sequence[Any]) -> Any:
+        return dict(zip(keys, map(self.kept, values), strict=True))
+
+    def kept(self, value: Any) -> Any:
+        """`value`, which must not change later: the items of a loop are chosen before it runs."""
+        if isinstance(value, LoopContext | Namespace):
+            raise Unplanned("what changes is kept")
+        return value
+
+    def settled(self, value: Any) -> Any:
+        return value
+
+    plain = settled
+
+    def put(self, before: Any, value: Any, scope: int) -> Any:
+        return value
+
+    def write(self, buffer: Text, text: Any) -> None:
+        buffer.write(1, text)
+
+    def branches(self, choice: Any, numbered: bool) -> Iterator[Any]:
+        yield self.exactly(choice) if numbered else self.truth(choice)
+
+    def somebody(self) -> None:
+        """Always one."""
+
+    def leave(self, whole: bool) -> None:
+        """``break`` (`whole`) or ``continue``."""
+        self.left[-1] = whole
+        self.mask = 0
+
+    def mark(self) -> None:
+        """Nothing goes on behind an error."""
+
+    def die(self, mark: None, error: Exception) -> NoReturn:
+        raise error
+
+    def loop(self, values: Any, cost: int, extended: bool, leaving: bool) -> Iterable[Any]:
+        values = self.meter.each(self.items(values), cost)
+        self.left.append(0)
+        for item in LoopContext(values, Undefined) if extended else values:
+            yield item
+            self.mask = 1
+            if self.left[-1]:
+                break
+        self.left.pop()
+
+    def unpacked(self, value: Symbol, count: int) -> tuple[Any, ...]:
+        items = self.items(value)
+        if len(items) != count:
+            raise Unplanned("another number of values to unpack")
+        return tuple(items)
+
+
+class Text:
+    """What is written: texts and symbols."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self) -> None:
+        self.parts: Pieces = []
+
+    def write(self, mask: int, text: str | Symbol) -> None:
+        self.parts.append(text)
+
+
+def _raised(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str | None:
+    try:
+        function(*args, **kwargs)
+    except Exception as error:
+        return told(error)
+    return None
+
+
+def told(error: Exception) -> str:
+    """All that is told of an error."""
+    return f"{type(error).__name__}: {error}"
+
+
+def _item(values: Sequence[Any], index: int) -> Any:
+    return values[index]
+
+
+def _holds_symbols(value: Any, depth: int = 4) -> bool:
+    if type(value) is Symbol:
+        return True
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    return isinstance(value, list | tuple) and (not depth or any(_holds_symbols(one, depth - 1) for one in value))
