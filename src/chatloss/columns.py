@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from itertools import accumulate, compress, count
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, chain, compress, count
 from operator import attrgetter, ne
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from chatloss.sample import Reason, Sample, Span
 __all__ = ["SPANS", "Part", "parts_of", "schema", "table"]
 
 SPANS = ("rest_span_ends", "rest_span_messages", "rest_span_weights", "rest_span_reasons")
+_SPAN = np.dtype([("start", "i4"), ("end", "i4"), ("message", "i4"), ("weight", "f4"), ("reason", "u1")])
 _REASONS = {int(reason): reason.name.lower() for reason in Reason}
 
 
@@ -111,13 +112,11 @@ class _Spans:
     """The spans that are stored in parts, in arrays; and what they count for, shared ones in each row that has them."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        spans = [span for part in parts for span in part.spans]
         self.of_row = [len(part.spans) for part in parts]
-        self.ends = np.array([span.end for span in spans], np.int32)
-        self.messages = np.array([span.message for span in spans], np.int32)
-        self.weights = np.array([span.weight for span in spans], np.float32)
-        self.reasons = np.frombuffer(bytes([span.reason for span in spans]), np.uint8)
-        self.lengths = self.ends - np.array([span.start for span in spans], np.int32)
+        spans = np.fromiter(chain.from_iterable([part.spans for part in parts]), _SPAN, sum(self.of_row))
+        self.ends, self.messages = spans["end"], spans["message"]
+        self.weights, self.reasons = spans["weight"], spans["reason"]
+        self.lengths = spans["end"] - spans["start"]
 
         first = np.array([0, *accumulate(self.of_row)])
         _, which, rows = np.unique([part.conversation for part in parts], return_inverse=True, return_counts=True)
@@ -175,7 +174,7 @@ def _flat(values: npt.NDArray[Any], kind: Any) -> Any:
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])
 
 
-def _ends(sizes: Sequence[int]) -> Any:
+def _ends(sizes: Iterable[int]) -> Any:
     import pyarrow as pa
 
     return pa.py_buffer(np.cumsum([0, *sizes], dtype=np.int32))
@@ -199,21 +198,26 @@ def _texts(texts: Sequence[str | None]) -> Any:
     """A column of texts; None is null."""
     import pyarrow as pa
 
-    data = [(text or "").encode() for text in texts]
-    there, ends = _there([text is not None for text in texts]), _ends([len(text) for text in data])
-    return pa.Array.from_buffers(pa.string(), len(texts), [there, ends, pa.py_buffer(b"".join(data))])
+    encoded = {text: (text or "").encode() for text in set(texts)}  # few, each many times
+    data = [encoded[text] for text in texts]
+    there = _there([text is not None for text in texts]) if None in encoded else None
+    return pa.Array.from_buffers(pa.string(), len(texts), [there, _ends(map(len, data)), pa.py_buffer(b"".join(data))])
 
 
 def _turns(rows: Sequence[tuple[Mapping[int, str], Mapping[int, str]] | None], kind: Any) -> Any:
     import pyarrow as pa
 
-    messages = [sorted({*row[0], *row[1]}) if row else [] for row in rows]
-    turns = [(*row, message) for row, of_row in zip(rows, messages, strict=True) if row for message in of_row]
-    inner = [
-        _flat(np.array([message for *_, message in turns], np.int32), pa.int32()),
-        _texts([outcomes.get(message) for outcomes, _, message in turns]),
-        _texts([untrained.get(message) for _, untrained, message in turns]),
-    ]
-    flat = pa.Array.from_buffers(kind.value_type, len(turns), [None], children=inner)
+    sizes: list[int] = []
+    messages: list[int] = []
+    outcomes: list[str | None] = []
+    untrained: list[str | None] = []
+    for one, other in (row or ({}, {}) for row in rows):
+        of_row = sorted({*one, *other} if other else one)
+        sizes.append(len(of_row))
+        messages += of_row
+        outcomes += map(one.get, of_row)
+        untrained += map(other.get, of_row)
+    inner = [_flat(np.array(messages, np.int32), pa.int32()), _texts(outcomes), _texts(untrained)]
+    flat = pa.Array.from_buffers(kind.value_type, len(messages), [None], children=inner)
     there = _there([row is not None for row in rows])
-    return pa.Array.from_buffers(kind, len(rows), [there, _ends([len(of_row) for of_row in messages])], children=[flat])
+    return pa.Array.from_buffers(kind, len(rows), [there, _ends(sizes)], children=[flat])
