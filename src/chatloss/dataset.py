@@ -32,6 +32,7 @@ __all__ = ["MANIFEST", "Joined", "Prepared", "PreparedPairs", "ShardWriter", "is
 
 GROUP_TOKENS = 2**16  # of a row group, as stored: what is decoded to read one example
 KEPT_GROUPS, KEPT_FILES = 16, 64
+_REASONS = {int(reason): reason for reason in Reason}
 _KINDS, _SIDES = ("conversations", "pairs", "judged"), ("chosen", "rejected")
 T = TypeVar("T")
 
@@ -268,7 +269,8 @@ class _Group:
     """The decoded columns of one row group."""
 
     def __init__(self, table: Any) -> None:
-        self._table = table.combine_chunks()
+        table = table.combine_chunks()
+        self._columns = {name: table[name].chunk(0) for name in table.schema.names}
         self._conversations = self._flat("conversation")
 
     def rows(self, number: int, decode: Decode | None) -> list[tuple[str, Sample]]:
@@ -281,7 +283,7 @@ class _Group:
         return list(zip(map(self._side, range(first, end)), found, strict=True))
 
     def _flat(self, name: str) -> npt.NDArray[Any]:
-        values: npt.NDArray[Any] = self._table[name].to_numpy()
+        values: npt.NDArray[Any] = self._columns[name].to_numpy()
         return values
 
     @cached_property
@@ -291,22 +293,19 @@ class _Group:
     @cached_property
     def _lists(self) -> dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
         """(offsets, values) of the list columns."""
-        found = {}
-        for name in ("rest_ids", *SPANS):
-            [chunk] = self._table[name].chunks
-            found[name] = chunk.offsets.to_numpy(), chunk.values.to_numpy()
-        return found
+        columns = {name: self._columns[name] for name in ("rest_ids", *SPANS)}
+        return {name: (column.offsets.to_numpy(), column.values.to_numpy()) for name, column in columns.items()}
 
     def _values(self, name: str, row: int) -> npt.NDArray[Any]:
         offsets, values = self._lists[name]
         return values[offsets[row] : offsets[row + 1]]
 
     def _side(self, row: int) -> str:
-        return str(self._table["side"][row].as_py())
+        return str(self._columns["side"][row].as_py())
 
     def _sample(self, row: int, last: Sample | None, decode: Decode | None) -> Sample:
         """One row; `last` is the last one of its conversation, None for itself."""
-        ids, turns = self._values("rest_ids", row), self._table["turns"][row].as_py()
+        ids, turns = self._values("rest_ids", row), self._columns["turns"][row].as_py()
         spans: tuple[Span, ...] = ()
         shared_ids, shared_spans = self._shared[row]
         if last is None:
@@ -321,7 +320,8 @@ class _Group:
             raise ValueError("ids are numbers from 0 on")
         ends, messages, weights, reasons = (self._values(name, row).tolist() for name in SPANS)
         starts = [spans[-1].end if spans else 0, *ends][: len(ends)]
-        spans += tuple(map(Span, starts, ends, messages, weights, map(Reason, reasons)))
+        named = [_REASONS.get(reason) or Reason(reason) for reason in reasons]  # the latter raises
+        spans += tuple(map(Span, starts, ends, messages, weights, named))
         if turns is None and last is not None:
             outcomes, untrained = dict(last.outcomes), dict(last.untrained)
         else:
@@ -330,6 +330,6 @@ class _Group:
         return Sample(ids, spans, outcomes, self._source(row), untrained, decode)
 
     def _source(self, row: int) -> str:
-        place = f"{self._table['file'][row].as_py()}:{self._table['row'][row].as_py()}"
+        place = f"{self._columns['file'][row].as_py()}:{self._columns['row'][row].as_py()}"
         side = self._side(row)
         return f"{place} {side}" if side in ("chosen", "rejected") else place
