@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -184,10 +185,10 @@ class Wrong(FlatTokens):
 
     word = "\n"
 
-    def _flat(self, text: str) -> Any:
-        found = super()._flat(text)
-        if found is not None and self.word in text and len(found.ids):
-            found = fast_tokens.Encoded(found.ids[::-1].copy(), found.starts, found.ends)
+    def _flat(self, texts: Sequence[str]) -> Any:
+        found = super()._flat(texts)
+        if found is not None and any(self.word in text for text in texts) and len(found[0].ids):
+            found = fast_tokens.Encoded(found[0].ids[::-1].copy(), found[0].starts, found[0].ends), found[1]
         return found
 
 

@@ -1,4 +1,4 @@
-"""Where a tokenizer cuts any text, before it looks at what lies between: a `tokenizers.Tokenizer`'s added tokens."""
+"""What a tokenizer.json says of texts as a whole: where they are cut before anything else, what is put before them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-__all__ = ["hard_cuts", "overlaps", "steps"]
+__all__ = ["drop_prefix", "hard_cuts", "overlaps", "steps"]
 
 # Steps that see a text's pieces between added tokens one by one, wherever these stand.
 _LOCAL = frozenset({
@@ -69,3 +69,33 @@ def steps(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
             yield from steps(item)
     elif part is not None:
         yield part
+
+
+def drop_prefix(spec: dict[str, Any]) -> bool:
+    """Take the dummy prefix out of a tokenizer.json, in place; whether there was one."""
+    changed = False
+
+    def walk(part: Any) -> Any:
+        nonlocal changed
+        if not isinstance(part, dict):
+            return part
+        kind = part.get("type")
+        if kind == "Sequence":
+            for key in ("normalizers", "pretokenizers"):
+                if key in part:
+                    part[key] = [kept for item in part[key] if (kept := walk(item)) is not None]
+        elif kind == "Prepend":
+            changed = True
+            return None
+        elif kind == "Metaspace" and part.get("prepend_scheme", "always") != "never":
+            changed = True
+            part["prepend_scheme"] = "never"
+            part.pop("add_prefix_space", None)
+        elif kind == "ByteLevel" and part.get("add_prefix_space"):
+            changed = True
+            part["add_prefix_space"] = False
+        return part
+
+    spec["normalizer"] = walk(spec.get("normalizer"))
+    spec["pre_tokenizer"] = walk(spec.get("pre_tokenizer"))
+    return changed

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from chatloss.chat import Conversation, Message, split_think
-from chatloss.errors import DataError, TemplateError, TokenizerError
+from chatloss.errors import ChatlossError, DataError, TemplateError, TokenizerError
+from chatloss.fast_tokens import FlatTokens
 from chatloss.literal import LiteralTokens, PrivateTokens, cannot, why_not_literal
 from chatloss.load import Loaded, load_tokenizer, read_template
 from chatloss.paint import sample
@@ -20,8 +21,9 @@ from chatloss.policy import Policy
 from chatloss.reference import Rendering, Stops, Turn
 from chatloss.rows import TurnIds, group, turn_ids
 from chatloss.sample import Reason, Sample
+from chatloss.shapes.rows import RowPlans, same_rows
 from chatloss.straight import straight
-from chatloss.template import ANSWER, USER, ChatTemplate, Stop, control_texts
+from chatloss.template import ANSWER, SAMPLE, USER, ChatTemplate, Stop, control_texts
 from chatloss.tokens import FastTokens
 from chatloss.typed import Controls, Origin, Typed, TypedRendering, Unproven
 from chatloss.window import fit
@@ -176,12 +178,40 @@ class ChatEncoder:
             template_kwargs=self.template_kwargs, **self._forms,
         )
 
-    def examine(self, conversation: Conversation) -> Encoding:
-        """Rows, outcomes and problems of a conversation. Never raises for what a policy decides: problems say it."""
+    def examine(self, conversation: Conversation, *, turns: bool = True) -> Encoding:
+        """Rows, outcomes and problems of a conversation. Never raises for what a policy decides: problems say it.
+
+        `turns`: whether those of the result are wanted. Rows alone are sooner made where the shape is known.
+        """
         problems = self._control_problems(conversation)
         if self.policy.control_tokens == "literal":
             return self._examine_literal(conversation, problems)
-        return self._examine(conversation, problems)
+        if turns or problems or self._plans is None:
+            return self._examine(conversation, problems)
+        return self._of_a_shape(conversation, self._plans)
+
+    @cached_property
+    def _plans(self) -> RowPlans | None:
+        """Plans are made where ids tell the text."""
+        tokens, policy = self.loaded.tokens, self.policy
+        if policy.spans or policy.max_length or not isinstance(tokens, FlatTokens):
+            return None
+        return RowPlans(tokens, self.decode, apart=policy.row_format == "per_turn")
+
+    def _of_a_shape(self, conversation: Conversation, plans: RowPlans) -> Encoding:
+        """Rows as those of another conversation of the shape; now and then compared with what they are without."""
+        rendering = self.rendering(conversation)
+        known = self.template.recall(rendering.messages, conversation.tools, **rendering.kwargs)
+        rows = None if known is None else plans.rows(*known, conversation)
+        if rows is not None and plans.planned % SAMPLE != 1:
+            return Encoding(rows, rows[-1].outcomes, rows[-1].untrained, ())
+        encoding = self._examine(conversation, [], rendering)
+        if rows is not None and not same_rows(rows, encoding.rows):
+            raise ChatlossError("rows by shape differ from rows by reference", where=conversation.source,
+                                hint="--no-trace, and please report this template", kind="trace")
+        if known is not None and rows is None and not encoding.problems:
+            plans.learn(*known, rendering, encoding.turns, encoding.rows)
+        return encoding
 
     def _examine_literal(self, conversation: Conversation, problems: list[Problem]) -> Encoding:
         """The same with sentinels in place of what was typed, where rendering shows which control strings that is."""
@@ -216,14 +246,16 @@ class ChatEncoder:
     def _controls(self) -> Controls:
         return Controls(self.control, "\n".join([str(self.template.source), *self.control]))
 
-    def _examine(self, conversation: Conversation, problems: list[Problem]) -> Encoding:
-        rendering = self.rendering(conversation)
+    def _examine(
+        self, conversation: Conversation, problems: list[Problem], rendering: Rendering | None = None
+    ) -> Encoding:
+        rendering = rendering or self.rendering(conversation)
         wanted, untrained = self._wanted(conversation)
         turns = [rendering.turn(i) for i in wanted]
         if isinstance(self.loaded.tokens, FastTokens) and not any(problem.fatal for problem in problems):
-            row = straight(rendering, turns, self.policy, untrained, self.loaded.tokens, self.decode)
-            if row is not None:
-                return Encoding([row], dict(row.outcomes), untrained, tuple(problems), tuple(turns))
+            rows = straight(rendering, turns, self.policy, untrained, self.loaded.tokens, self.decode)
+            if rows is not None:
+                return Encoding(rows, dict(rows[-1].outcomes), untrained, tuple(problems), tuple(turns))
         # The last first: most of the others are parts of it.
         ids = {turn.index: self._turn_ids(turn, conversation.messages[turn.index]) for turn in reversed(turns)}
         outcomes: dict[int, str] = {}
@@ -255,7 +287,7 @@ class ChatEncoder:
             kept = [i for i in unlawful if self.policy.unlawful == "keep" and standing(rendering, i, base)]
             untrained.update({i: "split" for i in unlawful if i not in kept})
             unlawful = kept
-        rows: list[Sample] = []
+        rows = []
         for members in groups:
             made_rows, cut, problem = fit(self, rendering, members, outcomes, untrained, unlawful)
             rows += made_rows

@@ -15,6 +15,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,8 @@ class FlatTokens(FastTokens):
         fact = _checked(serialised, [*_texts(self.added)])
         if not remembered("equal", fact):
             for text in _texts(self.added):
-                self._compare(text, self._flat(text))
+                found = self._flat([text])
+                self._compare(text, found and found[0])
             remember("equal", fact)
 
     def encode_pair(self, prompt: str, target: str) -> tuple[Encoded, int | None]:
@@ -98,16 +100,31 @@ class FlatTokens(FastTokens):
 
     def _alone(self, text: str) -> Encoded:
         self._encoded += len(text)
-        found = self._flat(text)
+        found = self._flat([text])
         if found is None:
             self.fell_back += 1
             return super()._alone(text)
+        return found[0]
+
+    def _one_by_one(self, texts: Sequence[str]) -> tuple[Encoded, list[int]]:
+        found = self._flat(texts)
+        if found is None:
+            return super()._one_by_one(texts)
+        self._encoded += sum(map(len, texts))
+        if self._encoded > self._next_sample:
+            tails, (*_, first, last) = found
+            assert tails.starts is not None and tails.ends is not None
+            begin = np.int32(sum(map(len, texts[:-1])))
+            own = Encoded(tails.ids[first:last], tails.starts[first:last] - begin, tails.ends[first:last] - begin)
+            self._compare(texts[-1], own)
+            self._next_sample = self._encoded + SAMPLE * len(texts[-1])
         return found
 
-    def _flat(self, text: str) -> Encoded | None:
-        """The ids with offsets from their sizes; None where these do not add up to the text's."""
+    def _flat(self, texts: Sequence[str]) -> tuple[Encoded, list[int]] | None:
+        """As `_one_by_one`, with offsets from the sizes of tokens; None where these do not add up to the texts'."""
+        text = "".join(texts)
         if not text:
-            return NOTHING
+            return NOTHING, [0] * (len(texts) + 1)
         if self._unlike and any(part in text for part in self._unlike):
             return None
         plain, size = text.isascii(), len(text)
@@ -116,16 +133,23 @@ class FlatTokens(FastTokens):
                 return None
             data = np.frombuffer(text.encode(), np.uint8)
             size = len(data)
-        ids = np.frombuffer(self._fast.encode_batch_flat([text])[0], np.int32)
+        found, bounds = self._fast.encode_batch_flat(texts)
+        ids = np.frombuffer(found, np.int32)
         sizes = self._sizes.take(ids)
         ends: npt.NDArray[np.int32] = sizes.cumsum(dtype=np.int32)
         if not len(ends) or ends[-1] != size:
             return None
+        firsts = [0, len(ids)]
+        if len(texts) > 1:
+            firsts = np.frombuffer(bounds, np.int64).tolist()
+            begins = accumulate(len(text) if plain else len(text.encode()) for text in texts)
+            if any(not last or ends[last - 1] != end for last, end in zip(firsts[1:], begins, strict=True)):
+                return None
         starts = ends - sizes
         if not plain:  # a token that holds a part of a character counts as holding it
             begun = ((data & 0xC0) != 0x80).cumsum(dtype=np.int32)
             starts, ends = begun[starts] - np.int32(1), begun[ends - 1]
-        return Encoded(ids, starts, ends)
+        return Encoded(ids, starts, ends), firsts
 
     def _compare(self, text: str, found: Encoded | None) -> None:
         wanted = super()._alone(text)

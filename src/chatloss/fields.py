@@ -155,15 +155,19 @@ def _markup(
     return [span for span in spans if span[1] > span[0]]
 
 
-def common_prefix(a: str, b: str) -> int:
-    """How many characters two texts have in common at their beginning.
+def common_prefix(a: str, b: str, known: int = 0) -> int:
+    """How many characters two texts have in common at their beginning; so many are `known` to be.
 
     >>> common_prefix("answer", "answers"), common_prefix("answer", "anger")
     (6, 2)
     """
-    if a.startswith(b) or b.startswith(a):
-        return min(len(a), len(b))
-    low, high = 0, min(len(a), len(b))
+    high, low, step = min(len(a), len(b)), known, 64
+    while low < high and a.startswith(b[low : low + step], low):
+        low += step
+        step *= 2
+    if low >= high:
+        return high
+    high = min(high, low + step)
     while low < high:
         middle = (low + high + 1) // 2
         if a.startswith(b[low:middle], low):

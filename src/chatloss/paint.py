@@ -15,7 +15,7 @@ from chatloss.reference import Rendering
 from chatloss.rows import TurnIds
 from chatloss.sample import Decode, Reason, Sample, Span
 
-__all__ = ["FIELDS", "Painting", "Value", "sample", "weight_of", "why_not"]
+__all__ = ["FIELDS", "Painting", "Value", "left_out", "sample", "weight_in", "why_not"]
 
 # What a token has: message, weight, reason; and a run of such tokens by its first.
 Value = tuple[int, float, Reason]
@@ -54,7 +54,7 @@ def sample(
     k = 1
     for i, found in shown:  # unlawful = "keep": trained as it stands here, although inference never shows it so
         for _, _, why in found:
-            weight = weight_of(why, messages[i], policy)
+            weight = _weight_of(why, messages[i], policy)
             row.paint(
                 over[k] if why in FIELDS else at[k], at[k + 1], message=i, weight=weight,
                 reason=why if weight else Reason.SWITCHED_OFF,
@@ -152,7 +152,7 @@ _Stroke = tuple[int, int, Reason | None, float]
 def _strokes(member: TurnIds, data: Message, policy: Policy) -> list[_Stroke]:
     """What to paint over a turn's target: its spans, then what patterns match in its fields."""
     at = len(member.turn.prompt)
-    strokes: list[_Stroke] = [(at + a, at + b, why, weight_of(why, data, policy)) for a, b, why in member.turn.spans]
+    strokes: list[_Stroke] = [(at + a, at + b, why, _weight_of(why, data, policy)) for a, b, why in member.turn.spans]
     for pattern, factor in policy.spans:
         for a, b, why, _ in strokes[: len(member.turn.spans)]:
             if why in FIELDS:
@@ -201,13 +201,21 @@ def _in_line(member: TurnIds, strokes: Sequence[_Stroke], at: list[int], over: l
     return runs if runs and runs[0][0] == member.context and token < end <= at[-1] else None
 
 
-_PARTS = {Reason.REASONING: "reasoning", Reason.CONTENT: "content", Reason.CALL: "calls"}
+_PARTS = ((Reason.REASONING, "reasoning"), (Reason.CONTENT, "content"), (Reason.CALL, "calls"))
 
 
-def weight_of(why: Reason, data: Message, policy: Policy) -> float:
-    if why in _PARTS and _PARTS[why] not in policy.parts:
-        return 0.0
-    return 1.0 if data.weight is None else _float32(data.weight)
+def left_out(policy: Policy) -> tuple[Reason, ...]:
+    """The reasons that a policy does not train."""
+    return tuple(reason for reason, part in _PARTS if part not in policy.parts)
+
+
+def weight_in(message: Message) -> float:
+    """What the tokens of a message weigh that are trained."""
+    return 1.0 if message.weight is None else _float32(message.weight)
+
+
+def _weight_of(why: Reason, data: Message, policy: Policy) -> float:
+    return 0.0 if why in left_out(policy) else weight_in(data)
 
 
 def _float32(weight: float) -> float:

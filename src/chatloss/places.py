@@ -10,7 +10,7 @@ from chatloss.reference import Rendering, Turn, View
 from chatloss.sample import Reason
 from chatloss.template import control_texts
 
-__all__ = ["Place", "Places", "standing"]
+__all__ = ["Place", "Places", "Seen", "end_in", "place_in", "standing"]
 
 
 class Place(NamedTuple):
@@ -57,37 +57,51 @@ class Places:
         return kept
 
     def _add(self, i: int, prompt: str, text: str) -> None:
-        rendering, start = self._rendering, self._places[-1].end if self._places else 0
-        reach = self._reaches[-1] if self._reaches else 0
-        prefix = rendering.text(i + 1)
-        if prefix is not None and prompt.startswith(prefix):
-            end = len(prefix)
-        else:
-            seen = _Seen(prompt, reach)
-            end, reach = min(_end_by_text(rendering, seen, start, i, prefix), len(prompt)), seen.reach
-            if seen.absent:
-                self._absent.append((i, seen.absent))
-        end = max(start, end)
-        fields, supplied = rendering.fields[i], None
-        found = locate(prompt, fields, start, end)
-        if isinstance(found, Missing):
-            found = present(prompt, fields, start, end)
-        if rendering.conversation.messages[i].role == "assistant":
-            before, plain = rendering.prompt(i), rendering.text(i)
-            if before is not None and plain is not None and before != plain:
-                reach = max(reach, len(before))
-                if text.startswith(before):
-                    supplied = len(plain), len(before)
-        self._places.append(Place(end, found, supplied))
-        self._reaches.append(max(reach, end))
+        start = self._places[-1].end if self._places else 0
+        seen = Seen(prompt, self._reaches[-1] if self._reaches else 0)
+        end, _ = end_in(seen, self._rendering, i, start)
+        if seen.absent:
+            self._absent.append((i, seen.absent))
+        self._places.append(place_in(seen, self._rendering, i, start, end, text))
+        self._reaches.append(seen.reach)
 
 
-class _Seen:
+def end_in(seen: Seen, rendering: Rendering, i: int, start: int, known: int = 0) -> tuple[int, bool]:
+    """(where message `i`, which begins at `start`, ends in a prompt; whether the prompt begins with it rendered last).
+
+    So many characters of both are `known` to be the same.
+    """
+    prompt, prefix = seen.text, rendering.text(i + 1)
+    if prefix is not None and prompt.startswith(prefix[known:] if known else prefix, known):
+        end = max(start, len(prefix))
+        seen.to(end)
+        return end, end == len(prefix)
+    end = max(start, min(_end_by_text(rendering, seen, start, i, prefix, known), len(prompt)))
+    seen.to(end)
+    return end, False
+
+
+def place_in(seen: Seen, rendering: Rendering, i: int, start: int, end: int, text: str) -> Place:
+    """Message `i`, which stands from `start` to `end` in a prompt that begins `text`."""
+    prompt, fields, supplied = seen.text, rendering.fields[i], None
+    found = locate(prompt, fields, start, end)
+    if isinstance(found, Missing):
+        found = present(prompt, fields, start, end)
+    if rendering.conversation.messages[i].role == "assistant":
+        before, plain = rendering.prompt(i), rendering.text(i)
+        if before is not None and plain is not None and before != plain:
+            seen.to(len(before))
+            if text.startswith(before):
+                supplied = len(plain), len(before)
+    return Place(end, found, supplied)
+
+
+class Seen:
     """A text that remembers what was looked at: all up to `reach`, and that `absent` is nowhere further on."""
 
     __slots__ = ("absent", "reach", "text")
 
-    def __init__(self, text: str, reach: int) -> None:
+    def __init__(self, text: str, reach: int = 0) -> None:
         self.text, self.reach = text, reach
         self.absent: list[str] = []
 
@@ -106,9 +120,9 @@ class _Seen:
             self.reach = at
 
 
-def _end_by_text(rendering: Rendering, seen: _Seen, at: int, index: int, prefix: str | None) -> int:
+def _end_by_text(rendering: Rendering, seen: Seen, at: int, index: int, prefix: str | None, known: int) -> int:
     fields, text = rendering.fields[index], seen.text
-    agreed = common_prefix(prefix or "", text)
+    agreed = common_prefix(prefix or "", text, known)
     seen.to(agreed + 1)
     for wanted in (fields, _answer(fields)):  # the template may have dropped the reasoning or the calls
         found = locate(seen, wanted, at)
@@ -119,7 +133,8 @@ def _end_by_text(rendering: Rendering, seen: _Seen, at: int, index: int, prefix:
         words = text[max(found[-1][0], end - SHORT) : end]
         behind = prefix.rfind(words) if prefix else -1
         if prefix and behind >= 0:
-            end += common_prefix(prefix[behind + len(words) :], text[end:])
+            tail = prefix[behind + len(words) :]
+            end += common_prefix(tail, text[end : end + len(tail)])
             seen.to(end + 1)
         return end
     if not fields:
@@ -129,7 +144,7 @@ def _end_by_text(rendering: Rendering, seen: _Seen, at: int, index: int, prefix:
     return max(at, len(prompt)) if text.startswith(prompt) else at
 
 
-def _goes_on(rendering: Rendering, seen: _Seen, at: int, index: int) -> bool:
+def _goes_on(rendering: Rendering, seen: Seen, at: int, index: int) -> bool:
     """Whether the next message is behind `at`; else what was found is somebody's quotation of a dropped message."""
     messages = rendering.conversation.messages
     following = _answer(rendering.fields[index]) if index < len(messages) else []

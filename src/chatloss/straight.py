@@ -1,149 +1,305 @@
-"""The row of a conversation that only ever goes on: where every token stands follows from the lengths of renderings.
+"""The rows of a conversation whose last prompt begins with all the others, read off in one look.
 
-That is what most conversations are under most templates: each rendering begins with the one before, every turn is
-reachable, and all of them share one row. What the row is, `group` and `sample` say, which ask for none of this; here
-it is read off in one look. Whatever is not plainly so gives None.
+That is what most conversations are under most templates: every turn is reachable, and its prompt is a part of the last
+one's, even where its answer is written otherwise once it is history. The last turn is the trunk: it is encoded, and the
+history in it placed, once. A turn that is a part of the trunk may share its row; of any other only the target is new.
+What the rows are, `group` and `sample` say, which ask for none of this. Whatever is not plainly so gives None.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
-from chatloss.fields import Located, Missing, locate, present
-from chatloss.paint import FIELDS, Value, weight_of, why_not
+import numpy as np
+
+from chatloss.paint import FIELDS, Value, left_out, weight_in, why_not
+from chatloss.places import Place, Seen, end_in, place_in
 from chatloss.policy import Policy
 from chatloss.reference import Rendering, Turn
 from chatloss.sample import Decode, Reason, Sample, Span
-from chatloss.tokens import FastTokens
+from chatloss.tokens import Branch, Encoded, FastTokens, Ids
 
 __all__ = ["straight"]
+
+_span = partial(tuple.__new__, Span)
+# What tokens are, from each of the first on until the next.
+_Strip = tuple[list[int], list[Value]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Trunk:
+    """The turns of a conversation as branches of the last one, which is the trunk.
+
+    In that message i begins at character `begins[i]`, as any prompt does that is like it through `reaches[i]`.
+    """
+
+    rendering: Rendering
+    turns: Sequence[Turn]
+    branches: list[Branch]
+    encoded: Encoded
+    tails: Encoded
+    begins: list[int]
+    reaches: list[int]
+
+    def ids(self, k: int) -> Ids:
+        _, size, shared, _, first, _ = branch = self.branches[k]
+        if branch.along:
+            return self.encoded.ids[:size].copy()
+        return np.concatenate((self.encoded.ids[:shared], self.tails.ids[first : first + size - shared]))
 
 
 def straight(
     rendering: Rendering, turns: Sequence[Turn], policy: Policy, untrained: Mapping[int, str], tokens: FastTokens,
     decode: Decode,
-) -> Sample | None:
-    """The one row of all `turns`, or None."""
-    conversation = rendering.conversation
-    ends = _ends(rendering, turns)
-    if ends is None or policy.spans or (policy.row_format == "per_turn" and len(turns) > 1):
+) -> list[Sample] | None:
+    """The rows of all `turns`, or None."""
+    if policy.spans or not turns or not turns[0].index or rendering.conversation.messages[0].role == "assistant":
+        return None  # what is rendered before the first message is somebody else's
+    trunk = _trunk(rendering, turns, tokens)
+    if trunk is None or (policy.max_length and any(branch.size > policy.max_length for branch in trunk.branches)):
         return None
-    base, prompt = turns[-1], turns[-1].prompt
-    encoded, context = tokens.encode_pair(prompt, base.target)
-    size = len(encoded.ids)
-    if context is None or (policy.max_length and size > policy.max_length):
+    rows = _grouped(trunk.branches) if policy.row_format != "per_turn" else [[k] for k in range(len(turns))]
+    if policy.row_format == "multi_turn" and len(rows) > 1:
         return None
-    events = _Events()
-    trained = {turn.index: turn for turn in turns}
-    for i, (start, end) in enumerate(zip(ends, [*ends[1:], len(prompt)], strict=True)):
-        message, turn = conversation.messages[i], trained.get(i)
-        if turn is None:
-            before = rendering.prompt(i) if message.role == "assistant" else None
-            if before is not None and len(before) > len(prompt):
-                return None
-            supplied = len(before) if before is not None and prompt.startswith(before) else 0
-            why = why_not(message, i, untrained, policy)
-            events.history(i, start, supplied, _shown(rendering, prompt, i, start, end), why)
-            continue
-        at = len(turn.prompt)
-        stop = at + len(turn.target)
-        known = (context, size) if turn is base else tokens.count(encoded, prompt, at, stop)
-        # A call may be spelled in several ways, of which history need not show the same first.
-        if message.tool_calls and any(b > stop for _, b, _ in _shown(rendering, prompt, i, start, end)):
-            return None
-        weighed = [(a, b, why, weight_of(why, message, policy)) for a, b, why in turn.spans]
-        if known is None or not events.target(i, start, at, weighed, known):
-            return None
-    spans = events.spans(*encoded.tokens_at(events.chars))
+    spans = _spans(trunk, rows, policy, untrained)
     if spans is None:
         return None
-    outcomes = {turn.index: "exact" for turn in turns}
-    return Sample(encoded.ids.copy(), spans, outcomes, conversation.source, dict(untrained), decode)
+    outcomes = dict.fromkeys([turn.index for turn in turns], "exact")
+    for row in rows[:-1]:
+        outcomes.update(dict.fromkeys([turns[k].index for k in row], "split"))
+    source = rendering.conversation.source
+    return [
+        Sample.whole(trunk.ids(row[-1]), found, dict(outcomes), source, dict(untrained), decode)
+        for row, found in zip(rows, spans, strict=True)
+    ]
 
 
-def _ends(rendering: Rendering, turns: Sequence[Turn]) -> list[int] | None:
-    """Where the messages through the last turn begin, if each rendering begins with the one before."""
-    if not turns or turns[0].index == 0 or rendering.conversation.messages[0].role == "assistant":
-        return None  # what is rendered before the first message is somebody else's
-    if any(turn.outcome != "reachable" or turn.stop != "rendered" for turn in turns):
-        return None
-    prompt, ends = turns[-1].prompt, [0]
-    for count in range(1, turns[-1].index + 1):
-        text = rendering.text(count)
-        if text is None or len(text) < ends[-1] or not prompt.startswith(text):
+def _trunk(rendering: Rendering, turns: Sequence[Turn], tokens: FastTokens) -> _Trunk | None:
+    """The last turn as the trunk of all others, if it plainly is."""
+    base = turns[-1]
+    prompt, prompts = base.prompt, {turn.index: len(turn.prompt) for turn in turns}
+    for turn in turns:
+        if turn.outcome != "reachable" or turn.stop != "rendered" or not prompt.startswith(turn.prompt):
             return None
-        ends.append(len(text))
-    return ends
+    seen, begins, reaches, begin, whole = Seen(prompt), [], [], 0, False
+    for i in range(base.index + 1):
+        begins.append(begin)
+        reaches.append(seen.reach)
+        if i in prompts and not (whole and begin <= prompts[i]):
+            return None  # its prompt does not go on from the history alone
+        if i < base.index:
+            begin, whole = end_in(seen, rendering, i, begin, prompts.get(i, 0))
+    encoded, context = tokens.encode_pair(prompt, base.target)
+    others = [(prompts[turn.index], turn.target) for turn in turns[:-1]]
+    found = tokens.branches(encoded, prompt, others) if context is not None else None
+    if found is None or context is None:
+        return None
+    size = len(encoded.ids)
+    branches = [*found[0], Branch(context, size, size, len(prompt))]
+    for turn, branch in zip(turns[:-1], branches, strict=False):
+        if branch.cut > begins[turn.index + 1] if branch.along else branch.cut < begins[turn.index]:
+            return None
+    return _Trunk(rendering, turns, branches, encoded, found[1], begins, reaches)
 
 
-def _shown(rendering: Rendering, prompt: str, index: int, start: int, end: int) -> Located:
-    """The fields of a message in history."""
-    found = locate(prompt, rendering.fields[index], start, end)
-    return present(prompt, rendering.fields[index], start, end) if isinstance(found, Missing) else found
+def _grouped(branches: Sequence[Branch]) -> list[list[int]]:
+    """The rows as `group` makes them: each is the longest turn left, and what of the trunk ends within its prompt."""
+    rest = [k for k, branch in enumerate(branches) if branch.along]
+    rows: list[list[int]] = []
+    taken: set[int] = set()
+    for base in sorted(range(len(branches)), key=lambda k: (branches[k].size, k), reverse=True):
+        if base not in taken:
+            context = branches[base].context
+            row = [*(k for k in rest if branches[k].size <= context), base]
+            taken.update(row)
+            rest = [k for k in rest if k not in taken]
+            rows.append(row)
+    return sorted(rows, key=lambda row: row[-1])
+
+
+def _spans(
+    trunk: _Trunk, rows: Sequence[Sequence[int]], policy: Policy, untrained: Mapping[int, str]
+) -> list[tuple[Span, ...]] | None:
+    """The spans of each row."""
+    rendering, many, off = trunk.rendering, len(rows) > 1, left_out(policy)
+    messages, base = rendering.conversation.messages, trunk.turns[-1]
+    trained = {turn.index: (turn, branch) for turn, branch in zip(trunk.turns, trunk.branches, strict=True)}
+    along, aside, seen = _Events(), _Events(), Seen(base.prompt)
+    history: list[slice] = []
+    own: list[slice] = []
+    for i, (begin, reach) in enumerate(zip(trunk.begins, trunk.reaches, strict=True)):
+        message, first = messages[i], len(along.chars)
+        turn, branch = trained.get(i, (None, None))
+        if turn is not base and (many or turn is None or message.tool_calls):
+            place = place_in(seen, rendering, i, begin, trunk.begins[i + 1], seen.text)
+            if many or turn is None:
+                along.history(i, begin, place, why_not(message, i, untrained, policy))
+            # A call may be spelled in several ways, of which history need not show the same first.
+            if branch is not None and branch.along and place.fields and place.fields[-1][1] > branch.cut:
+                return None
+        history.append(slice(first, len(along.chars)))
+        if turn is None or branch is None:
+            continue
+        if reach > len(turn.prompt) or seen.reach > len(turn.prompt):
+            return None
+        events = along if branch.along else aside
+        at = len(events.chars)
+        if branch.along:
+            along.begin(i, begin)
+        else:
+            along.clean.append(first)
+        if not events.target(turn, branch, weight_in(message), off):
+            return None
+        own.append(slice(at, len(events.chars)))
+    known, others = along.tokens(trunk.encoded), aside.tokens(trunk.tails)
+    if known is None or others is None:
+        return None
+    if not many:
+        whole = _joined(known, along.values)
+        return None if whole is None or not _leaves_first(whole) else [whole]
+    strips: dict[int, _Strip] = {}
+    for turn, branch, at in zip(trunk.turns, trunk.branches, own, strict=True):
+        i = turn.index
+        if branch.along:
+            strips[i] = known[at], along.values[at]
+        else:
+            more = branch.shared - branch.first
+            tokens = [known[history[i].start], *(token + more for token in others[at])]
+            strips[i] = tokens, [(i, 0.0, Reason.GENERATION_PROMPT), *aside.values[at]]
+    return _rows(trunk.turns, rows, [(known[at], along.values[at]) for at in history], strips)
+
+
+def _rows(
+    turns: Sequence[Turn], rows: Sequence[Sequence[int]], history: Sequence[_Strip], own: Mapping[int, _Strip]
+) -> list[tuple[Span, ...]] | None:
+    """The spans of rows, of which those with a single turn share the history. Strips are by message."""
+    strips = [*history[:-1], ([own[turns[-1].index][0][0]], [])]
+    before = _joined(*_chained(strips))
+    if before is None:
+        return None
+    starts = [span.start for span in before]
+    made: list[tuple[Span, ...]] = []
+    for row in rows:
+        *others, last = [turns[k].index for k in row]
+        if others:
+            strips = [own[i] if i in others else history[i] for i in range(last)] + [own[last]]
+            found = _joined(*_chained(strips))
+        else:
+            found = _joined(*own[last])
+            if found is not None:
+                found = before[: bisect_left(starts, found[0].start)] + found
+        if found is None or not _leaves_first(found):
+            return None
+        made.append(found)
+    return made
+
+
+def _chained(strips: Sequence[_Strip]) -> _Strip:
+    return (
+        [token for tokens, _ in strips for token in tokens],
+        [value for _, values in strips for value in values],
+    )
+
+
+def _joined(tokens: Sequence[int], values: Sequence[Value]) -> tuple[Span, ...] | None:
+    """The spans of a strip, the last of whose tokens ends them; None where the tokens step back."""
+    starts: list[int] = []
+    kept: list[Value] = []
+    last: Value | None = None
+    for token, following, value in zip(tokens, tokens[1:], values, strict=False):
+        if token < following:
+            if value != last:
+                starts.append(token)
+                kept.append(value)
+                last = value
+        elif token > following:
+            return None
+    if not starts:
+        return None
+    return tuple(map(_span, zip(starts, [*starts[1:], tokens[-1]], *zip(*kept, strict=True), strict=True)))
+
+
+def _leaves_first(spans: Sequence[Span]) -> bool:
+    """Whether a row begins with what is not trained: nothing predicts its first token."""
+    return spans[0].start == 0 and not spans[0].weight and not spans[0].reason.trained
 
 
 class _Events:
     """What the tokens are from a character on, each until the next: `values` from the first token that starts at or
-    after `chars`, or that holds any of it where `holds`.
+    after `chars`, or that holds any of it for those of `held`.
     """
 
     def __init__(self) -> None:
         self.chars: list[int] = []
-        self.holds: list[bool] = []
         self.values: list[Value] = []
+        self.held: list[int] = []
         self.known: list[tuple[int, int]] = []  # (event, its token)
         self.clean: list[int] = []  # events at which no token may reach across
 
-    def add(self, char: int, value: Value, holds: bool = False) -> None:
-        self.chars.append(char)
-        self.values.append(value)
-        self.holds.append(holds)
-
-    def history(self, index: int, start: int, supplied: int, found: Located, why: Reason) -> None:
+    def history(self, index: int, begin: int, place: Place, why: Reason) -> None:
         """A message that is not trained."""
-        scaffold = index, 0.0, Reason.SCAFFOLD
-        if supplied > start:
-            self.add(start, (index, 0.0, Reason.GENERATION_PROMPT))
-        self.add(max(start, supplied), scaffold)
-        for a, b, _ in found:
-            self.add(a, (index, 0.0, why), True)
-            self.add(b, scaffold)
+        chars, values, scaffold = self.chars, self.values, (index, 0.0, Reason.SCAFFOLD)
+        chars.append(begin)
+        values.append(scaffold)
+        if place.supplied is not None:
+            chars += place.supplied
+            values += (index, 0.0, Reason.GENERATION_PROMPT), scaffold
+        shown = index, 0.0, why
+        for a, b, _ in place.fields:
+            self.held.append(len(chars))
+            chars += a, b
+            values += shown, scaffold
 
-    def target(
-        self, index: int, start: int, at: int, spans: Sequence[tuple[int, int, Reason, float]], known: tuple[int, int]
-    ) -> bool:
-        """A trained turn, whose target begins `at` and has the tokens `known`; False if its spans leave a gap."""
+    def begin(self, index: int, begin: int) -> None:
+        """A trained turn up to its target."""
         self.clean.append(len(self.chars))
-        self.add(start, (index, 0.0, Reason.GENERATION_PROMPT))
-        self.known.append((len(self.chars), known[0]))
-        edge, within = 0, False
-        for a, b, why, weight in spans:
+        self.chars.append(begin)
+        self.values.append((index, 0.0, Reason.GENERATION_PROMPT))
+
+    def target(self, turn: Turn, branch: Branch, weight: float, off: Sequence[Reason]) -> bool:
+        """The target of a turn, in the trunk or in the tails; False if its spans leave a gap."""
+        chars, values, index, at = self.chars, self.values, turn.index, len(turn.prompt)
+        context, size, shared, cut, first, begin = branch
+        if shared != size:
+            at += begin - cut
+            context, size = context + first - shared, first + size - shared
+        self.known.append((len(chars), context))
+        edge, within, switched_off = 0, False, (index, 0.0, Reason.SWITCHED_OFF)
+        for a, b, why in turn.spans:
             if a != edge:
                 return False
-            field = why in FIELDS
             # A token that holds any of a field is the field's, and of two fields the first one's.
-            self.add(at + a, (index, weight, why if weight else Reason.SWITCHED_OFF), field and not within)
-            edge, within = b, field
-        self.known.append((len(self.chars), known[1]))
-        self.add(at + edge, (index, 0.0, Reason.SCAFFOLD))
-        return start <= at and edge > 0
+            if why not in FIELDS:
+                within = False
+            elif not within:
+                self.held.append(len(chars))
+                within = True
+            chars.append(at + a)
+            values.append((index, weight, why) if weight and why not in off else switched_off)
+            edge = b
+        self.known.append((len(chars), size))
+        chars.append(at + edge)
+        values.append((index, 0.0, Reason.SCAFFOLD))
+        return edge > 0
 
-    def spans(self, at: list[int], over: list[int]) -> tuple[Span, ...] | None:
-        """The spans; `at` and `over` say of `chars` which tokens start there and hold that."""
+    def tokens(self, encoded: Encoded) -> list[int] | None:
+        """The token from which on each value holds; None where tokens reach across what they may not."""
+        if not self.chars:
+            return []
+        assert encoded.starts is not None and encoded.ends is not None
+        chars = np.array(self.chars, np.int32)
+        starts, ends = encoded.starts.searchsorted(chars), encoded.ends.searchsorted(chars, "right")
+        if (starts < ends).any():
+            return None
+        at: list[int] = starts.tolist()
+        over: list[int] = ends.tolist()
         if any(over[j] != at[j] for j in self.clean) or any(not at[j] == over[j] == n for j, n in self.known):
             return None
-        if any(at[j - 1] >= n for j, n in self.known[1::2]) or any(a < b for a, b in zip(at, over, strict=True)):
+        if any(at[j - 1] >= n for j, n in self.known[1::2]):
             return None
-        tokens = [b if holds else a for a, b, holds in zip(at, over, self.holds, strict=True)]
-        starts: list[int] = []
-        values: list[Value] = []
-        for token, following, value in zip(tokens, tokens[1:], self.values, strict=False):
-            if token > following:
-                return None
-            if token < following and (not values or values[-1] != value):
-                starts.append(token)
-                values.append(value)
-        if not starts or starts[0] or values[0][1] or values[0][2].trained:
-            return None
-        ends = [*starts[1:], tokens[-1]]
-        return tuple([Span(a, b, *value) for a, b, value in zip(starts, ends, values, strict=True)])
+        for j in self.held:
+            at[j] = over[j]
+        return at

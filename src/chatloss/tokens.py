@@ -7,15 +7,17 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from chatloss.cuts import hard_cuts, steps
+from chatloss.cuts import drop_prefix, hard_cuts, steps
 from chatloss.errors import TokenizerError
+from chatloss.fields import common_prefix
 
-__all__ = ["NOTHING", "CallableTokens", "Encoded", "FastTokens", "Tokens"]
+__all__ = ["NOTHING", "Branch", "CallableTokens", "Encoded", "FastTokens", "Tokens"]
 
 Ids = npt.NDArray[np.int32]
 _SHORT, _MANY = 64, 4096  # so many texts of at most so many characters are kept encoded
@@ -43,12 +45,33 @@ NOTHING = Encoded(*(np.zeros(0, np.int32) for _ in range(3)))
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Trunk:
-    """A text, its tokens, and where those end that may be hard cuts: after so many characters, and so many tokens."""
+    """A text, its tokens, and its hard cuts: where they begin and end, and how many tokens there are through each."""
 
     text: str
     encoded: Encoded
-    chars: list[int]
+    starts: list[int]
+    ends: list[int]
     counts: list[int]
+
+
+class Branch(NamedTuple):
+    """A text of `size` tokens, of which `context` are those of its prompt, beside the trunk.
+
+    It shares `shared` tokens with the trunk, through the hard cut at character `cut`; the others are tokens `first` and
+    on of all the tails, which begin at their character `begin`.
+    """
+
+    context: int
+    size: int
+    shared: int
+    cut: int
+    first: int = 0
+    begin: int = 0
+
+    @property
+    def along(self) -> bool:
+        """Whether it is a part of the trunk."""
+        return self.shared == self.size
 
 
 class Tokens(Protocol):
@@ -93,7 +116,7 @@ class FastTokens:
         self._reach = max(map(len, self.added), default=0)
         self._is_cut = np.zeros(max(self._cuts, default=0) + 2, bool)
         self._is_cut[list(self._cuts)] = True
-        self._trunk = _Trunk("", NOTHING, [], [])
+        self._trunk = _Trunk("", NOTHING, [], [], [])
         self._short: dict[str, Encoded] = {}
 
     @property
@@ -106,7 +129,7 @@ class FastTokens:
     def _segments(self) -> Any:
         """The same tokenizer without the prefix it writes before the first word; None where it writes none."""
         spec = json.loads(self._tokenizer.to_str())
-        return _from_text(json.dumps(spec)) if _drop_prefix(spec) else None
+        return _from_text(json.dumps(spec)) if drop_prefix(spec) else None
 
     @cached_property
     def _prefixes_words(self) -> bool:
@@ -134,10 +157,10 @@ class FastTokens:
             joint = _joined(trunk.encoded, n, at, self._rest(text, at))
             n, at = self._cut(trunk, end)
         else:
-            n, at = self._cut(trunk, end if begun else _common(trunk.text, text), differs=True)
+            n, at = self._cut(trunk, end if begun else common_prefix(trunk.text, text), differs=True)
             joint = _joined(trunk.encoded, n, at, self._rest(text, at))
             if not begun:  # else shorter prompts are the trunk's as well, and longer ones would not be this text's
-                self._trunk = trunk = _Trunk(text, _read_only(joint), *self._cut_places(joint))
+                self._trunk = trunk = _Trunk(text, _read_only(joint), *self._cut_places(text, joint))
                 n, at = self._cut(trunk, end)
         return joint, self._boundary(joint, n, self._rest(prompt, at), end)
 
@@ -146,17 +169,10 @@ class FastTokens:
 
         `differs`: the cut is also one of texts that are like the trunk up to there and then go on in another way.
         """
-        text, ids, starts = trunk.text, trunk.encoded.ids, trunk.encoded.starts
-        assert starts is not None
-        for i in range(bisect_right(trunk.chars, limit) - 1, -1, -1):
-            n, end = trunk.counts[i], trunk.chars[i]
-            start = int(starts[n - 1])
-            # The model may give an added token's id to other text: as the unknown token, or once it is normalised.
-            if text[start:end] != self._cuts[int(ids[n - 1])]:
-                continue
-            longer = range(limit - start, min(limit + 1, self._reach)) if differs else ()
-            if not any(text[limit - size : limit] in self._heads for size in longer):
-                return n, end
+        for i in range(bisect_right(trunk.ends, limit) - 1, -1, -1):
+            longer = range(limit - trunk.starts[i], min(limit + 1, self._reach)) if differs else ()
+            if not any(trunk.text[limit - size : limit] in self._heads for size in longer):
+                return trunk.counts[i], trunk.ends[i]
         return 0, 0
 
     @cached_property
@@ -174,21 +190,59 @@ class FastTokens:
         apart = end in (0, len(joint.ids)) or (joint.starts[end] >= length >= joint.ends[end - 1])
         return end if apart else None
 
-    def count(self, joint: Encoded, text: str, end: int, stop: int) -> tuple[int, int] | None:
-        """How many ids of `joint` are those of ``text[:end]`` alone, and of ``text[:stop]``; None if others are.
+    def branches(
+        self, joint: Encoded, prompt: str, others: Sequence[tuple[int, str]]
+    ) -> tuple[list[Branch], Encoded] | None:
+        """The texts ``prompt[:end] + target``, for each (end, target), and the tails of those that leave `joint`.
 
-        `joint` is what `encode_pair` gave of the prompt `text` just now. None also where no added token ends at `stop`.
+        `joint` is what `encode_pair` gave of `prompt` just now. None where one neither ends within that at a hard cut,
+        nor leaves it behind its own prompt. Whether the ids of a prompt end where it does is for the offsets to say.
         """
-        n, at = self._cut(self._trunk, end)
-        first = self._boundary(joint, n, self._piece(text[at:end]) if at < end or not at else NOTHING, end)
-        last, at = self._cut(self._trunk, stop)
-        return (first, last) if first is not None and at == stop else None
+        trunk, ids, width = self._trunk, joint.ids.tobytes(), joint.ids.itemsize
+        made: list[Branch] = []
+        texts: list[str] = []
+        for end, target in others:
+            along = prompt.startswith(target, end)
+            n, at = self._cut(trunk, end, differs=not along)
+            rest = self._piece(prompt[at:end]).ids if at < end else NOTHING.ids
+            size, cut = self._cut(trunk, end + len(target)) if along else (0, at)
+            if not n or not ids.startswith(rest.tobytes(), n * width) or (along and cut != end + len(target)):
+                return None
+            made.append(Branch(n + len(rest), size, size or n, cut))
+            if not along:
+                texts.append(prompt[at:end] + target)
+        if not texts:
+            return made, NOTHING
+        tails, firsts = self._one_by_one(texts)
+        own, parts, begin = tails.ids.tobytes(), zip(texts, pairwise(firsts), strict=True), 0
+        for k, (context, size, n, at, *_) in enumerate(made):
+            if not size:
+                text, (first, last) = next(parts)
+                tail = own[first * width : last * width]
+                if ids.startswith(tail, n * width) or not tail.startswith(ids[n * width : context * width]):
+                    return None
+                made[k] = Branch(context, n + last - first, n, at, first, begin)
+                begin += len(text)
+        return made, tails
 
-    def _cut_places(self, encoded: Encoded) -> tuple[list[int], list[int]]:
-        """After how many characters, and tokens, those end that may be hard cuts."""
-        assert encoded.ends is not None
+    def _one_by_one(self, texts: Sequence[str]) -> tuple[Encoded, list[int]]:
+        """The tokens of texts that are encoded alone, placed as in all of them joined; where those of each begin."""
+        made = [self._alone(text) for text in texts]
+        begins = [0, *accumulate(len(text) for text in texts)]
+        starts = [one.starts + at for one, at in zip(made, begins, strict=False) if one.starts is not None]
+        ends = [one.ends + at for one, at in zip(made, begins, strict=False) if one.ends is not None]
+        ids = [one.ids for one in made]
+        return Encoded(*map(np.concatenate, (ids, starts, ends))), [0, *accumulate(map(len, ids))]
+
+    def _cut_places(self, text: str, encoded: Encoded) -> tuple[list[int], list[int], list[int]]:
+        """Where hard cuts begin and end in a text, and how many tokens it has through each."""
+        assert encoded.starts is not None and encoded.ends is not None
         found = self._is_cut.take(encoded.ids, mode="clip").nonzero()[0]
-        return encoded.ends[found].tolist(), (found + 1).tolist()
+        places = zip(*(array[found].tolist() for array in (encoded.starts, encoded.ends, encoded.ids)), strict=True)
+        # The model may give an added token's id to other text: as the unknown token, or once it is normalised.
+        counts = (found + 1).tolist()
+        kept = [(a, b, n) for (a, b, i), n in zip(places, counts, strict=True) if text[a:b] == self._cuts[i]]
+        return [a for a, _, _ in kept], [b for _, b, _ in kept], [n for _, _, n in kept]
 
     def _rest(self, text: str, at: int) -> Encoded:
         """`text` from a cut on. Behind the last one there is nothing, which is less than an empty text to some."""
@@ -337,47 +391,3 @@ def _joined(known: Encoded, n: int, at: int, rest: Encoded) -> Encoded:
         np.concatenate((known.ids[:n], rest.ids)), np.concatenate((known.starts[:n], rest.starts + at)),
         np.concatenate((known.ends[:n], rest.ends + at)),
     )
-
-
-def _common(a: str, b: str) -> int:
-    """How many characters two texts have in common at their beginning, or fewer."""
-    low, size = 0, min(len(a), len(b))
-    if b.startswith(a):
-        return size
-    while size - low > 64:  # what is lost is encoded again
-        middle = (low + size) // 2
-        if a.startswith(b[low:middle], low):
-            low = middle
-        else:
-            size = middle
-    return low
-
-
-def _drop_prefix(spec: dict[str, Any]) -> bool:
-    """Take the dummy prefix out of a tokenizer.json, in place; whether there was one."""
-    changed = False
-
-    def walk(part: Any) -> Any:
-        nonlocal changed
-        if not isinstance(part, dict):
-            return part
-        kind = part.get("type")
-        if kind == "Sequence":
-            for key in ("normalizers", "pretokenizers"):
-                if key in part:
-                    part[key] = [kept for item in part[key] if (kept := walk(item)) is not None]
-        elif kind == "Prepend":
-            changed = True
-            return None
-        elif kind == "Metaspace" and part.get("prepend_scheme", "always") != "never":
-            changed = True
-            part["prepend_scheme"] = "never"
-            part.pop("add_prefix_space", None)
-        elif kind == "ByteLevel" and part.get("add_prefix_space"):
-            changed = True
-            part["add_prefix_space"] = False
-        return part
-
-    spec["normalizer"] = walk(spec.get("normalizer"))
-    spec["pre_tokenizer"] = walk(spec.get("pre_tokenizer"))
-    return changed
