@@ -142,4 +142,4 @@ def _encode(row: Row, encoder: ChatEncoder, markers: Markers | None) -> list[Enc
         return [Encoded(*side) for side in both]
     if isinstance(row, Label):
         return [Encoded(judged(row), examine_judged(encoder, row), "desirable" if row.desirable else "undesirable")]
-    return [Encoded(row, encoder.examine(row))]
+    return [Encoded(row, encoder.examine(row, turns=False))]

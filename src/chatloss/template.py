@@ -18,7 +18,7 @@ from jinja2.exceptions import TemplateSyntaxError
 from chatloss.chat import REASONING_KEYS
 from chatloss.errors import ChatlossError, TemplateError
 from chatloss.sandbox import Bounds, Exceeded, Sandbox
-from chatloss.shapes.shapes import Shapes
+from chatloss.shapes.shapes import Recording, Shapes
 from chatloss.traced import TracedTemplate, Unsupported, World
 
 __all__ = ["ChatTemplate", "Formats"]
@@ -176,6 +176,13 @@ class ChatTemplate:
         self.traced["rendered alone"] += missing
         self.traced["in one pass"] += len(worlds) - missing
         return found
+
+    def recall(
+        self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None, **kwargs: Any
+    ) -> tuple[Recording, tuple[str, ...]] | None:
+        """The recording that `render_all` would use for a conversation, and the texts of its pieces; None if none."""
+        shapes = self._local.shapes.get(self.select(tools)[0])
+        return None if shapes is None else shapes.recall([_aliased(message) for message in messages], tools, kwargs)
 
     def _check(
         self, found: list[str | TemplateError | None], alone: Callable[[int], str | TemplateError], still: bool,

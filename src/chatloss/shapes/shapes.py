@@ -17,7 +17,7 @@ from chatloss.shapes.sandbox import RecordingSandbox
 from chatloss.traced.expressions import Unsupported
 from chatloss.traced.render import World
 
-__all__ = ["Shapes"]
+__all__ = ["Recording", "Shapes"]
 
 Message = Mapping[str, Any]
 Rendered = list[str | Exception | None]
@@ -28,16 +28,20 @@ KNOWN, RECORDED, EACH = 4096, 256, 4  # shapes that are counted, those that are 
 _SCALARS = frozenset((str, int, bool, float, type(None)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
+@dataclass(frozen=True, slots=True, eq=False)
+class Recording:
     """How to render the worlds of a shape: for each the indices of its pieces among `texts` and what `program` gives.
 
-    Pieces from `len(texts)` on are values of the program. A world that the template refuses has what it raises.
+    Pieces from `constants` on are values of the program. A world that the template refuses has what it raises.
     """
 
     program: Program
     texts: tuple[str, ...]
     worlds: Mapping[tuple[int, bool], tuple[int, ...] | Exception]
+
+    @property
+    def constants(self) -> int:
+        return len(self.texts)
 
 
 class Shapes:
@@ -62,7 +66,7 @@ class Shapes:
         self._constants = constants
         self.fresh = False
         self._seen: OrderedDict[Any, int] = OrderedDict()
-        self._shapes: OrderedDict[Any, list[_Shape]] = OrderedDict()
+        self._shapes: OrderedDict[Any, list[Recording]] = OrderedDict()
 
     def render(
         self, messages: Sequence[Message], worlds: Sequence[World], tools: Sequence[Any] | None,
@@ -97,7 +101,18 @@ class Shapes:
                 found.append("".join([given[i] for i in pieces]))
         return found
 
-    def _known(self, key: Any, leaves: Sequence[Any]) -> tuple[_Shape | None, tuple[Any, ...] | None]:
+    def recall(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, variables: Mapping[str, Any]
+    ) -> tuple[Recording, tuple[str, ...]] | None:
+        """The recording of this conversation's shape, and the texts of all its pieces; None if there is none."""
+        key, leaves = _shape_of(messages, tools, variables)
+        if key not in self._shapes:
+            return None
+        self._sandbox.meter.start()
+        recording, texts = self._known(key, leaves)
+        return None if recording is None or texts is None else (recording, texts)
+
+    def _known(self, key: Any, leaves: Sequence[Any]) -> tuple[Recording | None, tuple[Any, ...] | None]:
         """The recording that a conversation passes all guards of, and what that gives."""
         recordings = self._shapes.get(key, ())
         for i, shape in enumerate(recordings):
@@ -108,7 +123,7 @@ class Shapes:
                 return shape, texts
         return None, None
 
-    def _replayed(self, shape: _Shape, leaves: Sequence[Any]) -> tuple[Any, ...] | None:
+    def _replayed(self, shape: Recording, leaves: Sequence[Any]) -> tuple[Any, ...] | None:
         try:
             values = shape.program.run(leaves)
         except Exception:  # whatever it is, the template itself will say it in its own words
@@ -116,7 +131,7 @@ class Shapes:
         return None if values is None else shape.texts + values
 
     def _swapped(
-        self, shape: _Shape, key: Any, messages: Sequence[Message], swap: tuple[int, Message],
+        self, shape: Recording, key: Any, messages: Sequence[Message], swap: tuple[int, Message],
         tools: Sequence[Any] | None, variables: Mapping[str, Any],
     ) -> tuple[Any, ...] | None:
         """What a recording gives of the conversation with another message, should that pass the same guards."""
@@ -132,7 +147,7 @@ class Shapes:
             self._seen.popitem(last=False)
         return seen == OFTEN
 
-    def _learn(self, key: Any, shape: _Shape | None) -> None:
+    def _learn(self, key: Any, shape: Recording | None) -> None:
         recordings = self._shapes.pop(key, [])
         self._shapes[key] = [shape, *recordings[: EACH - 1]] if shape is not None else recordings
         if shape is None:
@@ -143,7 +158,7 @@ class Shapes:
     def _record(
         self, messages: Sequence[Message], worlds: Sequence[World], tools: Sequence[Any] | None,
         variables: Mapping[str, Any],
-    ) -> _Shape | None:
+    ) -> Recording | None:
         """The shape of a conversation; None where another one of its shape may be rendered in another way."""
         recorder = self._sandbox.recorder
         recorder.begin()
@@ -184,7 +199,7 @@ class Shapes:
             recorder.end()
         texts = {one: i for i, one in enumerate(dict.fromkeys(one for one in pieces if type(one) is str))}
         places = {slot: len(texts) + i for i, slot in enumerate(symbols)}
-        return _Shape(program, tuple(texts), {
+        return Recording(program, tuple(texts), {
             world: parts if isinstance(parts, Exception)
             else tuple(places[one.slot] if type(one) is Symbol else texts[one] for one in parts)
             for world, parts in written.items()
