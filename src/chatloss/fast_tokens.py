@@ -141,9 +141,10 @@ class FlatTokens(FastTokens):
             return None
         firsts = [0, len(ids)]
         if len(texts) > 1:
-            firsts = np.frombuffer(bounds, np.int64).tolist()
-            begins = accumulate(len(text) if plain else len(text.encode()) for text in texts)
-            if any(not last or ends[last - 1] != end for last, end in zip(firsts[1:], begins, strict=True)):
+            lasts = np.frombuffer(bounds, np.int64)
+            firsts = lasts.tolist()
+            lengths = [len(text if plain else text.encode()) for text in texts]
+            if ends[lasts[1:] - 1].tolist() != list(accumulate(lengths)):
                 return None
         starts = ends - sizes
         if not plain:  # a token that holds a part of a character counts as holding it

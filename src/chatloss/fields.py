@@ -182,6 +182,13 @@ def _locate_in_order(text: Searched, fields: list[Field], start: int, end: int |
     at = start
     for field in fields:
         begin = behind = -1
+        if field.reason is not Reason.CALL:
+            begin = text.find(field.text, at, end)
+            if begin < 0:
+                return Missing(field.name)
+            at = begin + len(field.text)
+            found.append((begin, at, field.reason))
+            continue
         for alternatives in field.pieces:
             place = _first(text, alternatives, at, end)
             if place is None:

@@ -124,8 +124,8 @@ def _end_by_text(rendering: Rendering, seen: Seen, at: int, index: int, prefix: 
     fields, text = rendering.fields[index], seen.text
     agreed = common_prefix(prefix or "", text, known)
     seen.to(agreed + 1)
-    for wanted in (fields, _answer(fields)):  # the template may have dropped the reasoning or the calls
-        found = locate(seen, wanted, at)
+    for whole in (True, False):  # the template may have dropped the reasoning or the calls
+        found = locate(seen, fields if whole else _answer(fields), at)
         if isinstance(found, Missing) or not found or not _goes_on(rendering, seen, found[-1][1], index + 1):
             continue
         end = found[-1][1]

@@ -143,6 +143,10 @@ class Rendering:
             self._texts[key] = self._render(self.messages[:count], prompt, key)
         return self._texts[key]
 
+    def give(self, texts: Mapping[tuple[int, bool], str]) -> None:
+        """Take over renderings that are known: (number of messages, with generation prompt) -> text."""
+        self._texts.update(texts)
+
     def _in_one_pass(self) -> None:
         """Make the renderings that are asked for of every conversation, as far as they can be made at once."""
         messages = self.conversation.messages
@@ -277,10 +281,7 @@ class Rendering:
         spans = reasons(found, own, start, stop_start, headless=self._headless(index))
         if len(target) > stop_start - start:
             spans.append((stop_start - start, len(target), Reason.STOP))
-        trimmed = any(
-            text != stripped and text not in target
-            for text in (message.text, message.reasoning) if text and (stripped := text.strip())
-        )
+        trimmed = _is_trimmed(message.text, target) or _is_trimmed(message.reasoning or "", target)
         return Turn(index, "reachable", prompt, target, tuple(spans), kind, trimmed)
 
     def _tail_end(self, own: str, fields_end: int, message: Message) -> int:
@@ -294,6 +295,11 @@ class Rendering:
     def _headless(self, index: int) -> bool:
         """Whether the generation prompt leaves the header to the model."""
         return self.conversation.messages[index].role != "assistant" or self.text(index) == self.text(index, True)
+
+
+def _is_trimmed(text: str, target: str) -> bool:
+    """Whether a target holds a text without the space at its ends."""
+    return (stripped := text.strip()) != text and stripped != "" and text not in target
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,14 +146,14 @@ def _spans(
         if reach > len(turn.prompt) or seen.reach > len(turn.prompt):
             return None
         events = along if branch.along else aside
-        at = len(events.chars)
+        start = len(events.chars)
         if branch.along:
             along.begin(i, begin)
         else:
             along.clean.append(first)
         if not events.target(turn, branch, weight_in(message), off):
             return None
-        own.append(slice(at, len(events.chars)))
+        own.append(slice(start, len(events.chars)))
     known, others = along.tokens(trunk.encoded), aside.tokens(trunk.tails)
     if known is None or others is None:
         return None
