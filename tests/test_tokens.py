@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -77,6 +78,63 @@ def test_a_text_that_goes_on_from_another_is_encoded_as_on_its_own(name: str, da
     walk(own, data, st.one_of(added, added.map(lambda text: text[: len(text) // 2]), st.sampled_from(PLAIN)))
 
 
+def branch_off(own: FastTokens, data: st.DataObject, pieces: st.SearchStrategy[str]) -> int:
+    """A text and others that go on from parts of it; how many of these there are."""
+    texts = st.lists(pieces, min_size=1, max_size=8).map("".join)
+    parts = data.draw(st.lists(pieces, min_size=4, max_size=12))
+    prompt, target, places = "".join(parts), data.draw(texts), [0, *accumulate(map(len, parts))]
+    joint, _ = own.encode_pair(prompt, target)
+    others = []
+    for _ in range(data.draw(st.integers(1, 6))):
+        end, stop = sorted(data.draw(st.tuples(*2 * [st.sampled_from(places)])))
+        other = end, prompt[end:stop] + data.draw(st.one_of(st.just(""), texts))
+        if other[1] and own.branches(joint, prompt, [other]) is not None:
+            others.append(other)
+    found = own.branches(joint, prompt, others)
+    assert found is not None
+    for (end, other), branch in zip(others, found[0], strict=True):
+        text, tails = prompt[:end] + other, found[1]
+        wanted, context = alone(own, prompt[:end], other)
+        assert joint.starts is not None and joint.ends is not None
+        assert tails.starts is not None and tails.ends is not None
+        if branch.along:
+            assert branch.cut == len(text)
+        part, more = slice(branch.first, branch.first + branch.size - branch.shared), branch.cut - branch.begin
+        assert_same(wanted, Encoded(
+            np.concatenate((joint.ids[: branch.shared], tails.ids[part])),
+            np.concatenate((joint.starts[: branch.shared], tails.starts[part] + np.int32(more))),
+            np.concatenate((joint.ends[: branch.shared], tails.ends[part] + np.int32(more))),
+        ), text)
+        assert wanted.starts is not None and wanted.ends is not None
+        ends_there = branch.context == len(wanted.ids) or (
+            wanted.starts[branch.context] >= end >= wanted.ends[branch.context - 1]
+        )
+        assert context == (branch.context if ends_there else None)
+    return len(others)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_what_goes_on_from_a_part_of_a_text_is_encoded_as_on_its_own(name: str) -> None:
+    own = tokens(name)
+    names = list(own.added)
+    added = st.sampled_from(names[:40] + names[-8:] or ["x"])
+    pieces = st.one_of(added, added.map(lambda text: text[: len(text) // 2]), st.sampled_from(PLAIN))
+    assert_branches(own, pieces, 60, 10 if own._cuts else 0)
+
+
+def assert_branches(own: FastTokens, pieces: st.SearchStrategy[str], examples: int, least: int) -> None:
+    told = 0
+
+    @settings(max_examples=examples, deadline=None, derandomize=True)
+    @given(data=st.data())
+    def check(data: st.DataObject) -> None:
+        nonlocal told
+        told += branch_off(own, data, pieces)
+
+    check()
+    assert told >= least
+
+
 CUTTING = ("qwen3", "llama3", "smollm2", "demo")
 
 
@@ -110,13 +168,23 @@ def late_and_overlapping() -> FastTokens:
     return with_added(("<b>", False), ("b><", False), ("<xab>", False), ("ab<", True), ("><", True))
 
 
+OVERLAPPING = [
+    "<a>", "<b>", "<a><b>", "c", "b><", "ab", "abc", "x", "<", ">", "<xab", "cc", "d|", "cd", "~", " ", "ccd",
+]
+
+
 @pytest.mark.parametrize("own", [nested, late, late_and_overlapping])
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_added_tokens_that_begin_hold_and_overlap_each_other(own: object, data: st.DataObject) -> None:
     assert callable(own)
-    pieces = ["<a>", "<b>", "<a><b>", "c", "b><", "ab", "abc", "x", "<", ">", "<xab", "cc", "d|", "cd", "~", " ", "ccd"]
-    walk(own(), data, st.sampled_from(pieces))
+    walk(own(), data, st.sampled_from(OVERLAPPING))
+
+
+@pytest.mark.parametrize("own", [nested, late, late_and_overlapping])
+def test_what_goes_on_among_added_tokens_that_overlap_is_encoded_as_on_its_own(own: object) -> None:
+    assert callable(own)
+    assert_branches(own(), st.sampled_from(OVERLAPPING), 200, 10)
 
 
 def test_tokens_matched_late_are_cuts_only_where_they_overlap_none_and_nothing_is_normalised() -> None:
