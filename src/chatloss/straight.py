@@ -140,7 +140,8 @@ def _spans(
             # A call may be spelled in several ways, of which history need not show the same first.
             if branch is not None and branch.along and place.fields and place.fields[-1][1] > branch.cut:
                 return None
-        history.append(slice(first, len(along.chars)))
+        if many:
+            history.append(slice(first, len(along.chars)))
         if turn is None or branch is None:
             continue
         if reach > len(turn.prompt) or seen.reach > len(turn.prompt):
@@ -183,9 +184,10 @@ def _rows(
     starts = [span.start for span in before]
     made: list[tuple[Span, ...]] = []
     for row in rows:
-        *others, last = [turns[k].index for k in row]
-        if others:
-            strips = [own[i] if i in others else history[i] for i in range(last)] + [own[last]]
+        last = turns[row[-1]].index
+        if len(row) > 1:
+            members = {turns[k].index for k in row}
+            strips = [own[i] if i in members else history[i] for i in range(last + 1)]
             found = _joined(*_chained(strips))
         else:
             found = _joined(*own[last])
@@ -198,6 +200,7 @@ def _rows(
 
 
 def _chained(strips: Sequence[_Strip]) -> _Strip:
+    """Strips as one: each ends where the next one begins."""
     return (
         [token for tokens, _ in strips for token in tokens],
         [value for _, values in strips for value in values],
@@ -206,20 +209,19 @@ def _chained(strips: Sequence[_Strip]) -> _Strip:
 
 def _joined(tokens: Sequence[int], values: Sequence[Value]) -> tuple[Span, ...] | None:
     """The spans of a strip, the last of whose tokens ends them; None where the tokens step back."""
-    starts: list[int] = []
-    kept: list[Value] = []
-    last: Value | None = None
+    made: list[Span] = []
+    start, held = 0, None
     for token, following, value in zip(tokens, tokens[1:], values, strict=False):
-        if token < following:
-            if value != last:
-                starts.append(token)
-                kept.append(value)
-                last = value
-        elif token > following:
+        if token > following:
             return None
-    if not starts:
+        if token < following and value != held:
+            if held is not None:
+                made.append(_span((start, token, *held)))
+            start, held = token, value
+    if held is None:
         return None
-    return tuple(map(_span, zip(starts, [*starts[1:], tokens[-1]], *zip(*kept, strict=True), strict=True)))
+    made.append(_span((start, tokens[-1], *held)))
+    return tuple(made)
 
 
 def _leaves_first(spans: Sequence[Span]) -> bool:
