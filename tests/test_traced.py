@@ -15,7 +15,7 @@ from chatloss.errors import ChatlossError, TemplateError
 from chatloss.sandbox import Bounds
 from chatloss.template import ChatTemplate
 from chatloss.traced import World
-from chatloss.traced.loop import Loop
+from chatloss.traced.loop import Backwards, Loop
 from chatloss.traced.varied import Varied
 from chatloss.traced.worlds import Worlds
 from tests import assets, conformance
@@ -107,6 +107,39 @@ SMALL = {
     "a slice": "{% for m in messages[1:] %}{{ loop.index }}{{ m.content }}{{ loop.last }}{% endfor %}",
     "a slice at the end": "{% for m in messages[-2:] %}{{ m.role }}{{ loop.first }}{% endfor %}",
     "backwards": "{% for m in messages[::-1] %}{{ m.role }}{{ loop.index0 }}{{ m.content }}{% endfor %}",
+    "where it stands backwards":
+        "{% for m in messages[::-1] %}{{ loop.index }}{{ loop.first }}{{ loop.last }}{{ loop.revindex }}"
+        "{{ loop.revindex0 }}{{ loop.length }}{{ loop.cycle('a', 'b') }}<{{ loop.previtem.role }}"
+        "{{ loop.nextitem.role }}>{{ messages|length - loop.index }}{{ loop.index0 + 1 > 2 }};{% endfor %}",
+    "backwards until a question":
+        "{% for m in messages[::-1] %}{% if m.role == 'user' %}{{ loop.index0 }}{% break %}{% endif %}{{ m.role }}"
+        "{% if m.role == 'tool' %}{% continue %}{% endif %}{% set last = loop.index %}{{ last }}{% endfor %}!",
+    "backwards twice": "{% for m in messages[::-1][::-1] %}{{ m.role }}{{ loop.index0 }}{{ loop.first }}{% endfor %}",
+    "backwards in a loop":
+        LOOP + "{% for n in messages[::-1] %}{{ n.role[0] }}{{ loop.index0 == loop.length - 1 }}{% endfor %};"
+        "{% endfor %}",
+    "the last question":
+        "{% set ns = namespace(open=true, last=messages|length - 1) %}{% for m in messages[::-1] %}"
+        "{% set index = (messages|length - 1) - loop.index0 %}"
+        "{% if ns.open and m.role == 'user' and m.content is string and not(m.content.startswith('<')) %}"
+        "{% set ns.open = false %}{% set ns.last = index %}{% endif %}{% endfor %}" + LOOP
+        + "{{ loop.index0 > ns.last }}{{ ns.last <= loop.index0 }}{{ loop.last or (not loop.last and m.content) }}"
+        "{% endfor %}{{ ns.last }}{{ ns.open }}",
+    "integers compared":
+        "{% set n = messages|length %}{% for i in range(6) %}{{ n < i }}{{ n <= i }}{{ n > i }}{{ n >= i }}{{ n == i }}"
+        "{{ n != i }}{{ i < n }}{{ i <= n }}{{ i > n }}{{ i >= n }}{{ i == n }}{{ i != n }}{{ i - n < 0 }}{{ n - n }}"
+        "{{ n + 1 - i > n - 1 }}{{ n == true }}{{ n < 2.5 }} {% endfor %}",
+    "integers of some":
+        "{% set ns = namespace(n=0) %}" + LOOP + "{% if m.role == 'user' %}{% set ns.n = loop.index0 %}"
+        "{% elif loop.last %}{% set ns.n = 'x' %}{% endif %}{{ ns.n == 'x' }}{{ ns.n != 0 }}"
+        "{{ ns.n is string }}{% endfor %}",
+    "texts compared with a number":
+        "{% set ns = namespace(n=0) %}" + LOOP + "{% if loop.last and m.role == 'user' %}{% set ns.n = 'x' %}"
+        "{% endif %}{{ ns.n < 3 }}{% endfor %}",
+    "a long chain":
+        LOOP + "{% if loop.last and m.role and m.content and add_generation_prompt and m.role != 'x' "
+        "and loop.index0 >= 0 and messages|length and m.role != 'y' and m.role != 'z' and loop.last %}{{ m.role }}"
+        "{% endif %}{{ (not loop.last) or '' or m.nothing or add_generation_prompt or 'e' }}{% endfor %}",
     "backwards, filtered": "{% for m in messages|reverse %}{{ m.role }}{% endfor %}",
     "a namespace":
         "{% set ns = namespace(last=-1, n=0) %}" + LOOP + "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
@@ -316,7 +349,12 @@ MUTATIONS: dict[str, tuple[type, str, Any]] = {
     "values": (Worlds, "see", one_value),
     "assignments": (Worlds, "put", lambda self, before, value, scope: value),
     "conditions": (Worlds, "cond", lambda self, test, yes, no: yes() if one_value(self, test) else no()),
-    "the last item": (Loop, "last", property(lambda self: self.index == len(self._items.items))),
+    "the last item": (Loop, "last", property(lambda self: self.index == len(self.items.items))),
+    "where it begins backwards": (Backwards, "first", property(lambda self: self.at == len(self.items.items) - 1)),
+    "the index backwards": (Backwards, "index0", property(lambda self: self.at)),
+    "comparisons of integers": (Worlds, "_order", lambda self, value, operator, number: value.ordered()[0][0] < number),
+    "tests": (Worlds, "tested", lambda self, test, *args: test(*map(one_value, [self] * len(args), args))),
+    "sums": (Varied, "along", classmethod(lambda cls, of, sign, more: of)),
     "the length": (Worlds, "length", lambda self, value: len(value.items)),
     "lookups ahead": (Worlds, "item", lambda self, value, index, none: value.items[index]
                       if index < len(value.items) else none),

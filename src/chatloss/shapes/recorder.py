@@ -221,6 +221,9 @@ class Recorder:
             return test(args[0].value)
         return self.step(test.__code__, test, args, fixed=True)
 
+    def compared(self, test: Callable[..., bool], operator: str, *args: Any) -> Any:
+        return self.tested(test, *args)
+
     def both(self, left: Any, right: Callable[[], Any]) -> Any:
         return right() if self.truth(left) else left
 

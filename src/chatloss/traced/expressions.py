@@ -12,8 +12,9 @@ from jinja2.idtracking import VAR_LOAD_PARAMETER
 
 from chatloss.sandbox import DICT_METHODS, PLAIN_METHODS, SEARCHED, WEIGHED
 
-__all__ = ["Expressions", "Unsupported"]
+__all__ = ["LIGHT", "Expressions", "Unsupported"]
 
+LIGHT = frozenset((int, bool, float, type(None)))
 _COMPARE = {"eq": "==", "ne": "!=", "gt": ">", "gteq": ">=", "lt": "<", "lteq": "<=", "in": "in", "notin": "not in"}
 # Filters whose results are iterators.
 _LAZY = frozenset("map select reject selectattr rejectattr unique batch slice items reverse".split())
@@ -25,6 +26,7 @@ _TESTS = {
 }
 # Filters of texts, as methods: on short texts the sandbox only counts them.
 _TEXT_FILTERS = {"trim": ".strip()", "upper": ".upper()", "lower": ".lower()", "string": ""}
+_MOST_JOINED = 8
 _LOOP_VALUES = frozenset("first last index index0 revindex revindex0 length previtem nextitem".split())
 
 
@@ -93,15 +95,29 @@ class Expressions(CodeGenerator):
 
     @optimizeconst
     def visit_And(self, node: nodes.BinExpr, frame: Frame) -> None:
-        self._chosen(
-            "both", lambda: self.visit(node.left, frame), lambda: self.visit(node.right, frame), lambda: None
-        )
+        first, *rest = _chain(nodes.And, node)
+        self._chosen("both", lambda: self.visit(first, frame), lambda: self._joined("both", rest, frame), lambda: None)
 
     @optimizeconst
     def visit_Or(self, node: nodes.BinExpr, frame: Frame) -> None:
-        self._chosen(
-            "either", lambda: self.visit(node.left, frame), lambda: None, lambda: self.visit(node.right, frame)
-        )
+        first, *rest = _chain(nodes.Or, node)
+        others: Callable[[], None] = lambda: self._joined("either", rest, frame)  # noqa: E731
+        self._chosen("either", lambda: self.visit(first, frame), lambda: None, others)
+
+    def _joined(self, name: str, parts: list[nodes.Expr], frame: Frame) -> None:
+        """``parts[0] and parts[1] and ...``, or the same with "or"."""
+        if len(parts) == 1:
+            self.visit(parts[0], frame)
+            return
+        rest: Callable[[], None] = lambda: self._joined(name, parts[1:], frame)  # noqa: E731
+        self._chosen(name, lambda: self.visit(parts[0], frame), rest, rest)
+
+    @optimizeconst
+    def visit_Neg(self, node: nodes.UnaryExpr, frame: Frame) -> None:
+        if isinstance(node.node, nodes.Const) and type(node.node.value) is int:
+            self.write(f"(-{node.node.value})")
+        else:
+            super().visit_Neg(node, frame)
 
     @optimizeconst
     def visit_CondExpr(self, node: nodes.CondExpr, frame: Frame) -> None:
@@ -126,13 +142,17 @@ class Expressions(CodeGenerator):
         if any(True for one in node.ops[1:] for _ in one.find_all(nodes.Call)):
             raise Unsupported("a call that a chain of comparisons may leave out")
         # A constant does not vary and need not be kept.
-        operands = [node.expr, *(one.expr for one in node.ops)]
+        operands = [_unweighed(one) for one in (node.expr, *(one.expr for one in node.ops))]
         names = ["" if isinstance(one, nodes.Const) else self.temporary_identifier() for one in operands]
         texts = [name or repr(cast(nodes.Const, one).value) for name, one in zip(names, operands, strict=True)]
         rest = zip(node.ops, texts[1:], strict=True)
         plain = texts[0] + "".join(f" {_COMPARE[one.op]} {text}" for one, text in rest)
         given = ", ".join(filter(None, names))
-        self.write(f"(W.lift(lambda {given}: {plain}, {given}) if ")
+        operator = _COMPARE[node.ops[0].op]
+        if len(node.ops) == 1 and all(names) and "in" not in operator:
+            self.write(f"(W.compared(lambda {given}: {plain}, {operator!r}, {given}) if ")
+        else:
+            self.write(f"(W.tested(lambda {given}: {plain}, {given}) if ")
         for i, (operand, name) in enumerate((o, n) for o, n in zip(operands, names, strict=True) if n):
             self.write(f"{' | ' if i else ''}(type({name} := ")
             self.visit(operand, frame)
@@ -279,7 +299,7 @@ class Expressions(CodeGenerator):
     @optimizeconst
     def visit_Test(self, node: nodes.Test, frame: Frame) -> None:
         if node.name in _TESTS and not node.args and not node.kwargs:
-            before = f"(W.lift({self.tests[node.name]}, {{0}}) if type({{0}} := "
+            before = f"(W.tested(lambda {{0}}: {_TESTS[node.name]}, {{0}}) if type({{0}} := "
             self._named(node.node, frame, before, f") is V else {_TESTS[node.name]})")
             return
         super().visit_Test(node, frame)
@@ -298,3 +318,20 @@ class Expressions(CodeGenerator):
         self.write("W.settled(" if lazy else "")
         self.visit(node, frame)
         self.write(")" if lazy else "")
+
+
+def _unweighed(node: nodes.Expr) -> nodes.Expr:
+    """A constant that weighs nothing without the filter that weighs it."""
+    if isinstance(node, nodes.Filter) and node.name in (WEIGHED, SEARCHED) and isinstance(node.node, nodes.Const):
+        value = node.node.value
+        return node.node if type(value) in LIGHT or (type(value) is str and len(value) < 256) else node
+    return node
+
+
+def _chain(kind: type[nodes.BinExpr], node: nodes.Expr) -> list[nodes.Expr]:
+    """The operands of a few nested "and"s or "or"s, from left to right: the rest is written once for each of them."""
+    parts: list[nodes.Expr] = []
+    while isinstance(node, kind) and len(parts) < _MOST_JOINED:
+        parts.append(node.right)
+        node = node.left
+    return [node, *reversed(parts)]

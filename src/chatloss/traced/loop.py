@@ -11,54 +11,54 @@ from chatloss.traced.varied import Varied
 if TYPE_CHECKING:
     from chatloss.traced.worlds import Worlds
 
-__all__ = ["Loop"]
+__all__ = ["Backwards", "Loop"]
 
 
 class Loop:
-    """``loop`` in a loop over a list that worlds have more or less of."""
+    """``loop`` in a loop over a list that worlds have more or less of, at item `at`."""
 
-    __slots__ = ("_items", "_worlds", "index0")
+    __slots__ = ("_worlds", "at", "items")
 
     def __init__(self, worlds: Worlds, items: Varied) -> None:
         self._worlds = worlds
-        self._items = items
-        self.index0 = -1
+        self.items = items
+        self.at = -1
 
     @property
-    def index(self) -> int:
-        return self.index0 + 1
+    def index0(self) -> Any:
+        return self.at
 
     @property
-    def first(self) -> bool:
-        return self.index0 == 0
+    def index(self) -> Any:
+        return self.at + 1
+
+    @property
+    def first(self) -> Any:
+        return self.at == 0
 
     @property
     def length(self) -> Any:
-        return self._worlds.length(self._items)
+        return self._worlds.length(self.items)
 
     @property
     def last(self) -> Any:
-        longer, worlds = self._items.longer, self._worlds
-        more = (longer[self.index] if self.index < len(longer) else 0) & worlds.mask
-        return not more if more in (0, worlds.mask) else Varied([(more, False), (worlds.mask ^ more, True)])
-
-    @property
-    def revindex(self) -> Any:
-        return self._worlds.lift(lambda length: length - self.index0, self.length)
+        return self._ends()
 
     @property
     def revindex0(self) -> Any:
-        return self._worlds.lift(lambda length: length - self.index, self.length)
+        return self._from_the_end()
+
+    @property
+    def revindex(self) -> Any:
+        return self._plus_one(self._from_the_end())
 
     @property
     def nextitem(self) -> Any:
-        return self._worlds.item(self._items, self.index, Undefined("there is no next item"))
+        return self._above(Undefined("there is no next item"))
 
     @property
     def previtem(self) -> Any:
-        if self.index0 == 0:
-            return Undefined("there is no previous item")
-        return self._worlds.item(self._items, self.index0 - 1, None)
+        return self._below(Undefined("there is no previous item"))
 
     @property
     def depth(self) -> int:
@@ -69,4 +69,62 @@ class Loop:
         return 0
 
     def cycle(self, *values: Any) -> Any:
-        return values[self.index0 % len(values)]
+        return self._worlds.lift(lambda index: values[index % len(values)], self.index0)
+
+    def _ends(self) -> Any:
+        """Whether the list ends here."""
+        longer, worlds, behind = self.items.longer, self._worlds, self.at + 1
+        mask = worlds.mask
+        more = longer[behind] & mask if behind < len(longer) else 0
+        return not more if more in (0, mask) else Varied([(more, False), (mask ^ more, True)], mask)
+
+    def _from_the_end(self) -> Any:
+        length = self.length
+        return length - self.at - 1 if type(length) is int else Varied.along(length, 1, -self.at - 1)
+
+    def _plus_one(self, index: Any) -> Any:
+        return index + 1 if type(index) is int else self._worlds.summed("+", index, 1)
+
+    def _above(self, none: Undefined) -> Any:
+        return self._worlds.item(self.items, self.at + 1, none)
+
+    def _below(self, none: Undefined) -> Any:
+        return self._worlds.item(self.items, self.at - 1, none) if self.at else none
+
+
+class Backwards(Loop):
+    """``loop`` in a loop that goes through such a list from its end, all worlds being at the same item."""
+
+    __slots__ = ()
+
+    @property
+    def index0(self) -> Any:
+        return self._from_the_end()
+
+    @property
+    def index(self) -> Any:
+        return self._plus_one(self._from_the_end())
+
+    @property
+    def first(self) -> Any:
+        return self._ends()
+
+    @property
+    def last(self) -> Any:
+        return self.at == 0
+
+    @property
+    def revindex0(self) -> Any:
+        return self.at
+
+    @property
+    def revindex(self) -> Any:
+        return self.at + 1
+
+    @property
+    def nextitem(self) -> Any:
+        return self._below(Undefined("there is no next item"))
+
+    @property
+    def previtem(self) -> Any:
+        return self._above(Undefined("there is no previous item"))

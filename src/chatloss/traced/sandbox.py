@@ -13,16 +13,18 @@ from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.utils import Namespace, missing
 
 from chatloss.meter import Bounds
-from chatloss.sandbox import DICT_METHODS, SHORT, SLICED, SafeNamespace, Sandbox
-from chatloss.traced.loop import Loop
+from chatloss.sandbox import DICT_METHODS, SEARCHED, SHORT, SLICED, WEIGHED, SafeNamespace, Sandbox
+from chatloss.traced.expressions import LIGHT
+from chatloss.traced.loop import Backwards, Loop
 from chatloss.traced.statements import Generator
 from chatloss.traced.varied import MOST, Buffer, Unproven, Varied
 from chatloss.traced.worlds import Worlds
 
 __all__ = ["TracedSandbox"]
 
+_SMALL = 1 << 60
 _STATEFUL = frozenset(("cycler", "joiner", "lipsum"))
-_LOOP_VALUES = frozenset(name for name in dir(Loop) if not name.startswith("_"))
+_LOOP_VALUES = frozenset(name for name in dir(Loop) if not name.startswith("_")) - {"at", "items"}
 
 
 class TracedSandbox(Sandbox):
@@ -32,15 +34,18 @@ class TracedSandbox(Sandbox):
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "**", "%"])
     intercepted_unops = frozenset(["+", "-"])
     varied = Varied
-    light = frozenset((int, bool, float, type(None)))
+    light = LIGHT
     new_buffer = Buffer
     short = SHORT
 
     def __init__(self, clock: Callable[[], datetime], bounds: Bounds) -> None:
         super().__init__(clock, bounds)
         self.worlds = Worlds(self.meter.tick)
-        self.filters = {name: self._lifted(function) for name, function in self.filters.items()}
+        filters = self.filters
+        self.filters = {name: self._lifted(function) for name, function in filters.items()}
         self.filters[SLICED] = pass_context(partial(self._cut, self.filters[SLICED]))
+        for name in (WEIGHED, SEARCHED):
+            self.filters[name] = self._weighing(filters[name])
         for name in ("length", "count"):
             self.filters[name] = partial(self._count, self.filters[name])
         self.filters["random"] = _stateful
@@ -60,6 +65,18 @@ class TracedSandbox(Sandbox):
         if hasattr(function, "jinja_pass_arg"):
             lifted.jinja_pass_arg = function.jinja_pass_arg  # type: ignore[attr-defined]
         return lifted
+
+    def _weighing(self, weigh: Callable[..., Any]) -> Callable[..., Any]:
+        tick, weighed = self.meter.tick, self.worlds.weighed
+
+        @pass_context
+        def weighing(context: Context, value: Any) -> Any:
+            if type(value) is str:
+                tick(len(value) >> 8)
+                return value
+            return weighed(weigh, context, value)
+
+        return weighing
 
     def _cut(self, sliced: Callable[..., Any], context: Context, value: Any, *limits: Any) -> Any:
         fixed = not any(type(limit) is Varied for limit in limits)
@@ -88,14 +105,10 @@ class TracedSandbox(Sandbox):
 
     def added(self, context: Context, *parts: Any) -> Any:
         """The sum of `parts` from left to right."""
-        size = 0
-        for part in parts:
-            if type(part) is not str:
-                break
-            size += len(part)
-        else:
-            if size < SHORT:  # short sums are not counted, one by one or at once
-                return "".join(parts)
+        if [*map(type, parts)].count(str) == len(parts):
+            text = "".join(parts)
+            if len(text) < SHORT:  # short sums are not counted, one by one or at once
+                return text
         total = parts[0]
         for part in parts[1:]:
             total = self.call_binop(context, "+", total, part)
@@ -105,9 +118,13 @@ class TracedSandbox(Sandbox):
         """``owner.name(*args)`` for a method that strings have."""
         if type(owner) is Varied:
             return self.worlds.lift(partial(self.method, context, name), owner, *args)
-        if type(owner) is str and len(owner) < SHORT and all(type(one) is str and len(one) < SHORT for one in args):
-            self.meter.tick(4)
-            return getattr(owner, name)(*args)
+        if type(owner) is str and len(owner) < SHORT:
+            for one in args:
+                if type(one) is not str or len(one) >= SHORT:
+                    break
+            else:
+                self.meter.tick(4)
+                return getattr(owner, name)(*args)
         return self.call(context, self.getattr(owner, name), *args)
 
     def joined(self, buffer: Buffer) -> Any:
@@ -124,23 +141,21 @@ class TracedSandbox(Sandbox):
             raise TemplateRuntimeError("cannot assign attribute on non-namespace object")
         _, born = worlds.spaces[id(space)]
         if worlds.mask != born:
-            value = worlds.put(getattr(space, name, missing), value, born)
+            value = worlds.put(_attributes(space).get(name, missing), value, born)
         space[name] = worlds.kept(value)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         kind = type(obj)
         if kind is SafeNamespace and not attribute.startswith("_"):
-            found = obj._Namespace__attrs.get(attribute, missing)
-            if type(found) is Varied:
-                found = self.worlds.see(found)
-                if type(found) is Varied:
-                    return self.worlds.named(found, partial(self.undefined, obj=obj, name=attribute))
+            found = _attributes(obj).get(attribute, missing)
+            if type(found) is Varied and found.holes:
+                return self.worlds.named(found, partial(self.undefined, obj=obj, name=attribute))
             if found is not missing:
                 return found
         if kind is Varied:
             found = missing if attribute in DICT_METHODS else self.worlds.lookup(obj, attribute)
             return self.worlds.lift(self.getattr, obj, attribute) if found is missing else found
-        if kind is Loop:
+        if kind is Loop or kind is Backwards:
             if attribute not in _LOOP_VALUES:
                 raise Unproven(f"loop.{attribute}")
             return getattr(obj, attribute)
@@ -158,23 +173,29 @@ class TracedSandbox(Sandbox):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         worlds = __self.worlds
-        varied = any(type(value) is Varied for value in (__obj, *args, *kwargs.values()))
         if __obj is SafeNamespace and not any(type(value) is Varied for value in args):
-            made = super().call(__context, __obj, *args, **{key: worlds.kept(one) for key, one in kwargs.items()})
+            kwargs = {key: worlds.kept(one) for key, one in kwargs.items()}
+            if args or any(key.startswith("_") for key in kwargs):
+                made = super().call(__context, __obj, *args, **kwargs)
+            else:
+                __self.meter.tick(4)
+                made = SafeNamespace(**kwargs)
             if len(worlds.spaces) > MOST:
                 raise Unproven("too many namespaces")
             worlds.spaces[id(made)] = made, worlds.mask
             return made
+        varied = Varied in map(type, (__obj, *args, *kwargs.values()))
         if varied and type(__obj) is not Macro:
             call = partial(__self.call, __context)
             return worlds.lift(call, __obj, *args, **kwargs)
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if type(left) is int and type(right) is int and operator in "+-" and -_SMALL < left < _SMALL:
+            return left + right if operator == "+" else left - right
         if type(left) is Varied or type(right) is Varied:
             if operator in "+-" and _whole(left) and _whole(right):
-                worlds, function = self.worlds, self.binop_table[operator]
-                return worlds.later(lambda: worlds.lift(function, left, right), whole=True)
+                return self.worlds.summed(operator, left, right)
             return self.worlds.lift(partial(super().call_binop, context, operator), left, right)
         return super().call_binop(context, operator, left, right)
 
@@ -182,6 +203,11 @@ class TracedSandbox(Sandbox):
         if type(arg) is Varied:
             return self.worlds.lift(partial(super().call_unop, context, operator), arg)
         return super().call_unop(context, operator, arg)
+
+
+def _attributes(space: Namespace) -> dict[str, Any]:
+    """What a namespace holds."""
+    return object.__getattribute__(space, "_Namespace__attrs")  # type: ignore[no-any-return]
 
 
 def _whole(value: Any) -> bool:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-__all__ = ["MOST", "Buffer", "Facets", "Unproven", "Varied", "merged"]
+__all__ = ["MOST", "SCALARS", "Buffer", "Facets", "Unproven", "Varied", "merged"]
 
 Facets = list[tuple[int, Any]]
 MOST = 200_000  # of anything that is kept until the pass ends, and would not be by one rendering
-_SCALARS = frozenset((str, int, bool, type(None)))  # equal ones are written alike; 0.0 and -0.0 are not
+SCALARS = frozenset((str, int, bool, type(None)))  # equal ones are written alike; 0.0 and -0.0 are not
 
 
 class Unproven(Exception):
@@ -24,37 +24,46 @@ class Varied:
 
     If `items` is not None the values are lists that begin alike: item `i` is ``items[i]`` in the worlds of
     ``longer[i]``, and the others have no such item; `sizes` are their lengths by world, `length` their length as a
-    value. `items` may be varied themselves. If `lazy` is not None it gives the value in the worlds that run, of those
-    in `born`; `known` is what it gave. `whole`: all values are integers. `mask`: the worlds of all facets (-1: not
-    known).
+    value. `items` may be varied themselves. `reverse` is what the lists are the reverse of, if of anything. If `lazy`
+    is not None it gives the value in the worlds that run, of those in `born`; `known` is what it gave. `whole`: all
+    values are integers, and if `line` is (of, sign, more) they are ``sign * of + more``; `order`: see `ordered`.
+    `mask`: the worlds of all facets (-1: not known). `holes`: some worlds have no value, but `missing`.
     """
 
-    __slots__ = ("_facets", "_make", "born", "items", "known", "lazy", "length", "longer", "mask", "sizes", "whole")
+    __slots__ = (
+        "_facets", "_make", "born", "holes", "items", "known", "lazy", "length", "line", "longer", "mask", "order",
+        "reverse", "sizes", "whole",
+    )
     _facets: Facets | None
     _make: Callable[[], Facets]
     items: list[Any] | None
+    reverse: Varied | None
     lazy: Callable[[], Any] | None
     born: int
     known: tuple[int, Any]
+    line: tuple[Varied, int, int] | None
     longer: Sequence[int]
     length: Any
+    order: tuple[list[int], list[int]] | None
     sizes: Facets
 
-    def __init__(self, facets: Facets, mask: int = -1, whole: bool = False) -> None:
+    def __init__(self, facets: Facets | None, mask: int = -1, whole: bool = False) -> None:
         self._facets = facets
         self.mask = mask
         self.whole = whole
-        self.items = self.lazy = None
+        self.holes = False
+        self.items = self.lazy = self.line = self.order = None
 
     @classmethod
     def alike(
-        cls, make: Callable[[], Facets], items: list[Any], longer: Sequence[int], sizes: Facets
+        cls, make: Callable[[], Facets], items: list[Any], longer: Sequence[int], sizes: Facets,
+        reverse: Varied | None = None,
     ) -> Varied:
         """Lists that begin alike; `make` gives them one by one, should anybody ask for that."""
         value = cls([])
         value._facets, value._make = None, make
-        value.items, value.longer, value.sizes = items, longer, sizes
-        value.length = sizes[0][1] if len(sizes) == 1 else cls(sizes, whole=True)
+        value.items, value.longer, value.sizes, value.reverse = items, longer, sizes, reverse
+        value.length = sizes[0][1] if len(sizes) == 1 else cls(sizes, sum(mask for mask, _ in sizes), whole=True)
         return value
 
     @classmethod
@@ -64,11 +73,31 @@ class Varied:
         value.lazy, value.born, value.known = lazy, born, (0, None)
         return value
 
+    @classmethod
+    def along(cls, of: Varied, sign: int, more: int) -> Varied:
+        """``sign * of + more`` of integers, `sign` being 1 or -1."""
+        value = cls(None, of.mask, True)
+        value.line = of, sign, more
+        return value
+
     @property
     def facets(self) -> Facets:
         if self._facets is None:
-            self._facets = self._make()
+            if self.line is None:
+                self._facets = self._make()
+            else:
+                of, sign, more = self.line
+                self._facets = [(mask, sign * one + more) for mask, one in of.facets]
         return self._facets
+
+    def ordered(self) -> tuple[list[int], list[int]]:
+        """Its integers in order, and for each number of them the worlds that have one of the first so many."""
+        if self.order is None:
+            facets, masks = sorted((value, mask) for mask, value in self.facets), [0]
+            for _, mask in facets:
+                masks.append(masks[-1] | mask)
+            self.order = [value for value, _ in facets], masks
+        return self.order
 
     def _unproven(self, *args: Any) -> NoReturn:
         raise Unproven("a value that differs between renderings was used as one")
@@ -82,7 +111,7 @@ def merged(found: Facets) -> Any:
     mask, first = found[0]
     if len(found) == 2:  # mostly two, as of booleans
         other, second = found[1]
-        if first is second or (type(first) is type(second) and type(first) in _SCALARS and first == second):
+        if first is second or (type(first) is type(second) and type(first) in SCALARS and first == second):
             return first
         return Varied(found, mask | other)
     if len(found) == 1:
@@ -92,7 +121,7 @@ def merged(found: Facets) -> Any:
     for mask, value in found:
         whole |= mask
         kind = type(value)
-        key = (kind, value) if kind in _SCALARS else id(value)
+        key = value if kind is str else (kind, value) if kind in SCALARS else id(value)
         if key in values:
             values[key] = values[key][0] | mask, value
         else:

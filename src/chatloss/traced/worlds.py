@@ -9,237 +9,25 @@ each for its own worlds. What cannot be done so raises `Unproven`: never is one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 from jinja2.runtime import LoopContext, Undefined
-from jinja2.utils import Namespace, missing
 
-from chatloss.meter import Exceeded
-from chatloss.traced.loop import Loop
-from chatloss.traced.varied import Buffer, Facets, Unproven, Varied, merged
+from chatloss.traced.loop import Backwards, Loop
+from chatloss.traced.values import Values
+from chatloss.traced.varied import Facets, Unproven, Varied, merged
 
 __all__ = ["Worlds"]
 
 _SIZED = frozenset((list, tuple, str, dict, range, type({}.keys()), type({}.values()), type({}.items())))
-_ALONE = (Exceeded, RecursionError, MemoryError)
 
 
-class Worlds:
-    """The worlds of one traced rendering: for which of them code runs (`mask`), and how values differ between them.
+class Worlds(Values):
+    """The worlds of one traced rendering, with lists that they have more or less of, their branches and their loops."""
 
-    `left` has for each loop that runs which worlds have left the current iteration, and which the loop. `dead`: those
-    that raised something, or may have; `refused`: what they did raise, where it is known. `spaces`: the namespaces, and
-    in which worlds they were made.
-    """
-
-    __slots__ = ("all", "buffer", "dead", "left", "mask", "refused", "spaces", "tick")
-
-    def __init__(self, tick: Callable[[int], None]) -> None:
-        self.tick = tick
-        self.begin(0)
-
-    def begin(self, count: int) -> None:
-        """Start with `count` worlds."""
-        self.all = self.mask = (1 << count) - 1
-        self.dead = 0
-        self.left = [[0, 0]]
-        self.buffer = Buffer()
-        self.spaces: dict[int, tuple[Any, int]] = {}
-        self.refused: list[tuple[int, Exception]] = []
-
-    # -- values ----------------------------------------------------------------------------------------------------
-
-    def seen(self, value: Varied) -> Facets:
-        """The facets of `value` in the worlds that run."""
-        if value.mask == self.mask:
-            return value.facets
-        if value.lazy is not None:
-            made = self._forced(value, value.lazy)
-            return self.seen(made) if type(made) is Varied else [(self.mask, made)]
-        left, found = self.mask, []
-        for mask, one in value.facets:
-            shared = mask & left
-            if shared:
-                found.append((shared, one))
-                left ^= shared
-                if not left:
-                    return found
-        raise Unproven("a value is not known in all worlds")
-
-    def _forced(self, value: Varied, lazy: Callable[[], Any]) -> Any:
-        """What a lazy value is in the worlds that run."""
-        mask, made = value.known
-        if mask == self.mask:
-            return made
-        if self.mask & ~mask:
-            made = lazy()
-            value.known = self.mask, made
-            return made
-        return self.see(made)
-
-    def later(self, lazy: Callable[[], Any], whole: bool = False) -> Varied:
-        """What `lazy`, which cannot fail, will give in those of the worlds that ask for it."""
-        return Varied.later(lazy, self.mask, whole)
-
-    def _everywhere(self, value: Varied) -> Facets:
-        """The facets of `value` in all the worlds that have it."""
-        if value.lazy is None:
-            return value.facets
-        entry, self.mask = self.mask, value.born & ~self.dead
-        found = self.seen(value)
-        self.mask = entry
-        return found
-
-    def see(self, value: Any) -> Any:
-        """What `value` is in the worlds that run: itself, one of its facets, or fewer of them."""
-        if type(value) is not Varied or value.items is not None or value.mask == self.mask:
-            return value
-        if value.lazy is not None:
-            return self._forced(value, value.lazy)
-        return merged(self.seen(value))
-
-    def named(self, value: Varied, undefined: Callable[[], Any]) -> Any:
-        """`see` for a variable or attribute, which may not be set in some of the worlds."""
-        value = self.see(value)
-        if type(value) is Varied and value.items is None:
-            facets = self.seen(value)
-            if any(one is missing for _, one in facets):
-                return merged([(mask, undefined() if one is missing else one) for mask, one in facets])
-            return value
-        return undefined() if value is missing else value
-
-    def name(self, value: Varied, name: str, undefined: Callable[..., Any]) -> Any:
-        """`named` for a variable."""
-        return self.named(value, partial(undefined, name=name))
-
-    def put(self, before: Any, value: Any, scope: int) -> Any:
-        """What was `before` after `value` was assigned to it in the worlds that run; those of `scope` may read it."""
-        if self.mask == scope & ~self.dead:
-            return value
-        facets = self.seen(value) if type(value) is Varied else [(self.mask, value)]
-        old = self._everywhere(before) if type(before) is Varied else [(self.all, before)]
-        left = ~self.mask
-        return merged([*facets, *((m & left, one) for m, one in old if m & left)])
-
-    def lift(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """``function(*args, **kwargs)``, called for each value of the arguments that vary."""
-        kinds = [type(value) for value in args]
-        if Varied not in kinds:
-            if not any(type(value) is Varied for value in kwargs.values()):
-                return function(*args, **kwargs)
-            names = list(kwargs)
-            return self.lift(
-                lambda *given: function(*given[len(names) :], **dict(zip(names, given, strict=False))),
-                *kwargs.values(), *args,
-            )
-        entry, depth, found, given = self.mask, len(self.left), [], list(args)
-        at, last = kinds.index(Varied), not kwargs and kinds.count(Varied) == 1
-        for mask, one in self.seen(args[at]):
-            given[at] = one
-            self.mask = mask
-            try:
-                made = function(*given) if last else self.lift(function, *given, **kwargs)
-            except Exception as error:
-                self.die((mask, depth), error)
-                continue
-            if type(made) is Varied:
-                found += self.seen(made)
-            else:
-                found.append((self.mask, made))
-        self._return_to(entry)
-        return merged(found)
-
-    def _return_to(self, entry: int) -> None:
-        """Go on with the worlds that ran before, but for those that have died since."""
-        self.mask = entry & ~self.dead
-        self.somebody()
-
-    def lookup(self, value: Varied, key: str) -> Any:
-        """``value[key]`` where that is a dict's in all worlds, else `missing`."""
-        found = self.seen(value)
-        for _, one in found:
-            if type(one) is not dict or key not in one:
-                return missing
-        return merged([(mask, one[key]) for mask, one in found])
-
-    def plain(self, value: Any) -> Any:
-        """`value`, which must be the same in all worlds that run."""
-        if type(value) is Varied:
-            raise Unproven("a test that differs between renderings")
-        return value
-
-    def settled(self, value: Any) -> Any:
-        """`value`, which must not be an iterator: what one world takes from it another would miss."""
-        for one in [one for _, one in self.seen(value)] if type(value) is Varied else [value]:
-            if isinstance(one, Iterator):
-                raise Unproven("an iterator is kept")
-        return value
-
-    def kept(self, value: Any) -> Any:
-        """`value`, which must not be a loop or a namespace: those go on when some worlds have left them."""
-        if type(value) in (Loop, LoopContext) or isinstance(value, Namespace):
-            raise Unproven("what changes is kept")
-        return value
-
-    def write(self, buffer: Buffer, text: Any) -> None:
-        """Write `text` to `buffer` in the worlds that run."""
-        if type(text) is Varied:
-            for mask, value in self.seen(text):
-                buffer.write(mask, value)
-        else:
-            buffer.write(self.mask, text)
-
-    # -- operators -------------------------------------------------------------------------------------------------
-
-    def both(self, left: Any, right: Callable[[], Any]) -> Any:
-        """``left and right()``."""
-        return self.cond(left, right, lambda: left)
-
-    def either(self, left: Any, right: Callable[[], Any]) -> Any:
-        """``left or right()``."""
-        return self.cond(left, lambda: left, right)
-
-    def cond(self, test: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
-        """``yes() if test else no()``."""
-        if type(test) is not Varied:
-            return yes() if test else no()
-        entry, depth, found = self.mask, len(self.left), []
-        for mask, function in zip(self._sides(test), (yes, no), strict=True):
-            if mask:
-                self.mask = mask
-                try:
-                    made = function()
-                except Exception as error:
-                    self.die((mask, depth), error)
-                    continue
-                found += self.seen(made) if type(made) is Varied else [(self.mask, made)]
-        self._return_to(entry)
-        return merged(found)
-
-    def _sides(self, test: Varied) -> tuple[int, int]:
-        true = false = 0
-        for mask, value in self.seen(test):
-            if value:
-                true |= mask
-            else:
-                false |= mask
-        return true, false
-
-    def negated(self, value: Varied) -> Any:
-        return self.lift(lambda one: not one, value)
-
-    def made(self, kind: Callable[[Iterable[Any]], Any], items: Sequence[Any]) -> Any:
-        """A list, tuple or dict (of pairs) of `items`."""
-        if not any(type(self.kept(item)) is Varied for item in items):
-            return kind(items)
-        return self.lift(lambda *plain: kind(plain), *items)
-
-    def made_dict(self, keys: Sequence[Any], values: Sequence[Any]) -> Any:
-        for value in values:
-            self.kept(value)
-        return self.lift(lambda *plain: dict(zip(plain[: len(keys)], plain[len(keys) :], strict=True)), *keys, *values)
+    __slots__ = ()
 
     # -- lists -----------------------------------------------------------------------------------------------------
 
@@ -290,7 +78,8 @@ class Worlds:
             return merged(found)
 
         lazy = [self.later(partial(item, i)) for i in range(len(items))]
-        return Varied.alike(lambda: [(mask, one[::-1]) for mask, one in value.facets], lazy, value.longer, sizes)
+        lists: Callable[[], Facets] = lambda: [(mask, one[::-1]) for mask, one in value.facets]  # noqa: E731
+        return Varied.alike(lists, lazy, value.longer, sizes, reverse=value)
 
     # -- statements ------------------------------------------------------------------------------------------------
 
@@ -306,32 +95,12 @@ class Worlds:
             yield value
         self.mask = entry & ~(self.left[-1][0] | self.dead)
 
-    def somebody(self) -> None:
-        """Raise if no world runs any more."""
-        if not self.mask:
-            raise Unproven("no world is left")
-
     def leave(self, whole: bool) -> None:
         """``break`` (`whole`) or ``continue`` in the worlds that run."""
         left = self.left[-1]
         left[0] |= self.mask
         if whole:
             left[1] |= self.mask
-        self.mask = 0
-
-    def mark(self) -> tuple[int, int]:
-        """What `die` has to know of the place before something that may fail."""
-        return self.mask, len(self.left)
-
-    def die(self, mark: tuple[int, int], error: Exception) -> None:
-        """Give the worlds of a mark up: in those that ran, `error` was raised, and what the others do is not known."""
-        if isinstance(error, _ALONE):
-            raise error
-        if not isinstance(error, Unproven):
-            self.refused.append((self.mask, error))
-        mask, depth = mark
-        del self.left[depth:]
-        self.dead |= mask
         self.mask = 0
 
     def loop(self, values: Any, cost: int, extended: bool, leaving: bool) -> Iterable[Any]:
@@ -360,16 +129,22 @@ class Worlds:
         self._return_to(entry)
 
     def _together(self, values: Varied, extended: bool) -> Iterator[Any]:
+        """The items of lists that begin alike.
+
+        Of their reverses it takes the items from the last one on, and worlds with shorter lists join later: so that all
+        are at the same item, which is another iteration for each.
+        """
+        loop = Loop(self, values) if values.reverse is None else Backwards(self, values.reverse)
         entry, left = self.mask, [0, 0]
         self.left.append(left)
-        items, longer, loop = values.items, values.longer, Loop(self, values)
+        items, longer = loop.items.items, loop.items.longer
         assert items is not None
-        for i, item in enumerate(items):
+        for i in range(len(items)) if values.reverse is None else reversed(range(len(items))):
             left[0] = 0
             self.mask = entry & longer[i] & ~(left[1] | self.dead)
             if self.mask:
-                loop.index0 = i
-                yield (item, loop) if extended else item
+                loop.at = i
+                yield (items[i], loop) if extended else items[i]
         self.left.pop()
         self._return_to(entry)
 
