@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from chatloss.chat import Conversation
 from chatloss.encode import ChatEncoder
 from chatloss.errors import TemplateError
-from chatloss.template import ChatTemplate, Stop, control_texts
+from chatloss.stops import Stop, control_texts
+from chatloss.template import ChatTemplate
 from tests import assets
 
 Message = dict[str, Any]

@@ -30,8 +30,9 @@ from chatloss.probes import (
     result,
     user,
 )
+from chatloss.stops import MARKER, control_texts
 from chatloss.switches import kwargs_read
-from chatloss.template import MARKER, TOOL, ChatTemplate, control_texts
+from chatloss.template import TOOL, ChatTemplate
 
 __all__ = [
     "content_findings", "date_findings", "environment_findings", "role_findings", "split_controls", "tool_findings",

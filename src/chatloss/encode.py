@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from chatloss.chat import Conversation, Message, split_think
-from chatloss.errors import ChatlossError, DataError, TemplateError, TokenizerError
+from chatloss.errors import ChatlossError, DataError, TokenizerError
 from chatloss.fast_tokens import FlatTokens
 from chatloss.literal import LiteralTokens, PrivateTokens, cannot, why_not_literal
 from chatloss.load import Loaded, load_tokenizer, read_template
 from chatloss.paint import sample
 from chatloss.places import standing
+from chatloss.plans.plans import RowPlans, same_rows
 from chatloss.policy import Policy
 from chatloss.reference import Rendering, Stops, Turn
 from chatloss.rows import TurnIds, group, turn_ids
 from chatloss.sample import Reason, Sample
-from chatloss.shapes.rows import RowPlans, same_rows
+from chatloss.stops import Stop, control_texts
 from chatloss.straight import straight
-from chatloss.template import ANSWER, SAMPLE, USER, ChatTemplate, Stop, control_texts
+from chatloss.template import ANSWER, SAMPLE, USER, ChatTemplate
 from chatloss.tokens import FastTokens
 from chatloss.typed import Controls, Origin, Typed, TypedRendering, Unproven
 from chatloss.window import fit
@@ -199,10 +200,10 @@ class ChatEncoder:
         return RowPlans(tokens, self.decode, apart=policy.row_format == "per_turn")
 
     def _of_a_shape(self, conversation: Conversation, plans: RowPlans) -> Encoding:
-        """Rows as those of another conversation of the shape; now and then compared with what they are without."""
+        """Rows like those of another of its shape; now and then compared with what they are without."""
         rendering = self.rendering(conversation)
         known = self.template.recall(rendering.messages, conversation.tools, **rendering.kwargs)
-        rows = None if known is None else plans.rows(*known, conversation)
+        rows = None if known is None else plans.rows(*known, rendering)
         if rows is not None and plans.planned % SAMPLE != 1:
             return Encoding(rows, rows[-1].outcomes, rows[-1].untrained, ())
         encoding = self._examine(conversation, [], rendering)
@@ -398,8 +399,3 @@ def _restored(encoding: Encoding, typed: Typed) -> Encoding:
                 engine_prompt=back(turn.engine_prompt)) for turn in encoding.turns)
     problems = tuple(replace(problem, detail=back(problem.detail)) for problem in encoding.problems)
     return replace(encoding, problems=problems, turns=turns)
-
-
-def template_error_as_data(error: TemplateError, source: str) -> DataError:
-    """A template's refusal told as a fault of the row that met it."""
-    return DataError(error.what, where=source, hint=error.hint, kind=error.kind)

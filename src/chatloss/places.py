@@ -8,7 +8,7 @@ from typing import NamedTuple
 from chatloss.fields import SHORT, Field, Located, Missing, common_prefix, locate, present
 from chatloss.reference import Rendering, Turn, View
 from chatloss.sample import Reason
-from chatloss.template import control_texts
+from chatloss.stops import control_texts
 
 __all__ = ["Place", "Places", "Seen", "end_in", "place_in", "standing"]
 

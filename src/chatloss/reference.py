@@ -28,7 +28,8 @@ from chatloss.fields import (
     reasons,
 )
 from chatloss.sample import Reason
-from chatloss.template import ChatTemplate, Stop
+from chatloss.stops import Stop
+from chatloss.template import ChatTemplate
 from chatloss.traced import World
 
 __all__ = ["Rendering", "Stops", "Turn", "View", "engine_message"]

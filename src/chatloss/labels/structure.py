@@ -25,7 +25,8 @@ from chatloss.probes import (
     result,
     user,
 )
-from chatloss.template import TOOL, control_texts
+from chatloss.stops import control_texts
+from chatloss.template import TOOL
 
 __all__ = ["Opener", "Structure"]
 

@@ -1,0 +1,171 @@
+"""Rows that are made by the shape of a conversation are those that are made without."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chatloss import encode
+from chatloss.chat import Conversation
+from chatloss.encode import ChatEncoder
+from chatloss.errors import ChatlossError
+from chatloss.fast_tokens import loaded_with
+from chatloss.load import load_tokenizer
+from chatloss.plans import rows as shape_rows
+from chatloss.plans.plans import same_rows
+from chatloss.policy import Policy
+from chatloss.shapes import shapes
+from tests import assets, conformance
+from tests.test_shapes import WORDS, reworded
+from tests.test_traced import CALL, SHAPES, answer, result, user
+
+pytest.importorskip("fastokens")
+FAMILIES = ["qwen3", "qwen2.5", "llama3", "gpt-oss", "deepseek-v3"]
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first conversation of a shape is recorded, and nothing but these tests compares rows."""
+    monkeypatch.setattr(shapes, "OFTEN", 1)
+    monkeypatch.setattr(encode, "SAMPLE", 10**9)
+
+
+@cache
+def encoder(family: str, **policy: Any) -> ChatEncoder:
+    loaded = loaded_with(load_tokenizer(str(assets.tokenizer_dir(family))), "fast")
+    # DeepSeek's own template is another one today: it puts a thought into every prompt.
+    template = assets.templates()["yujiepan-deepseek-v3-tiny-random"] if family == "deepseek-v3" else None
+    made = ChatEncoder.load(loaded, template, Policy(**policy), clock=lambda: conformance.CLOCK)
+    if made._plans is not None:
+        made._plans.planned = 2  # the first is compared
+    return made
+
+
+def planned(made: ChatEncoder, messages: list[dict[str, Any]], tools: Any = None) -> int:
+    """How many conversations had their rows from a plan so far; raises where this one's differ."""
+    conversation = Conversation.from_messages(messages, tools, None, "chats.jsonl:1")
+    one, other = made.examine(conversation, turns=False), made.examine(conversation)
+    assert same_rows(one.rows, other.rows), [
+        [pair for pair in zip(a.spans, b.spans, strict=False) if pair[0] != pair[1]]
+        for a, b in zip(one.rows, other.rows, strict=False)
+    ]
+    assert (one.outcomes, one.untrained, one.problems) == (other.outcomes, other.untrained, other.problems)
+    assert made._plans is not None
+    return made._plans.planned
+
+
+LONGER = [
+    "The answer is four, and nothing else is.", "tell me more", "assistant", "end", "think", "\n\nHello", "Hi\n", "<",
+    ">", "}", "{\"a\": 1}", "  two  ", "naïve 🙂", "a", "4", "user\nuser", "im_end", "analysis", "<|", "|>", "return",
+    "final", "Yes.", "No.", "你好", "<think>x</think>y", "</think>\n\n", "x" * 40, "system", "function",
+    "\u00a0", "e\u0301",
+]
+ORDINARY = ["Tell me more about it, please.", "The capital of France is Paris.", "Fine, thanks!", "- one\n- two\n- 3."]
+TEXT = st.one_of(*[st.sampled_from(ORDINARY)] * 7, st.sampled_from([*LONGER, *WORDS]), st.text(max_size=10))
+ARGUMENTS = st.dictionaries(st.sampled_from(["a", "word", "name"]), st.one_of(TEXT, st.integers(0, 12), st.none()),
+                            min_size=1, max_size=2)
+
+
+def called(text: str, arguments: Any) -> dict[str, Any]:
+    call = CALL["tool_calls"][0]
+    return {**CALL, "content": text, "tool_calls": [
+        {**call, "function": {"name": call["function"]["name"], "arguments": arguments}}]}
+
+
+@st.composite
+def chats(draw: Callable[..., Any]) -> tuple[list[dict[str, Any]], Any]:
+    """Of few shapes, so that most are replayed, and of any words."""
+    messages = [{"role": "system", "content": draw(TEXT)}] if draw(st.booleans()) else []
+    tools, rounds = draw(st.booleans()), draw(st.integers(1, 3))
+    for _ in range(rounds):
+        messages.append(user(draw(TEXT)))
+        if tools:
+            messages += [called(draw(TEXT), draw(ARGUMENTS)), result(draw(TEXT))]
+        messages.append(answer(draw(TEXT)))
+    if draw(st.booleans()):
+        for message in messages:
+            if message["role"] == "assistant":
+                message["reasoning_content"] = draw(TEXT)
+    return messages, [conformance.LOOKUP] if tools else None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=150, deadline=None)
+@given(chat=chats())
+def test_any_words_have_the_same_rows(family: str, chat: tuple[list[dict[str, Any]], Any]) -> None:
+    planned(encoder(family), *chat)
+
+
+@pytest.mark.parametrize("policy", [
+    {"row_format": "per_turn"}, {"turns": "last"}, {"turns": "last_round"}, {"parts": ("content",)},
+    {"control_tokens": "parity"}, {"roles": ("assistant", "tool")}, {"row_format": "multi_turn", "unlawful": "keep"},
+], ids=str)
+@pytest.mark.parametrize("family", ["qwen3", "llama3"])
+@settings(max_examples=40, deadline=None)
+@given(chat=chats())
+def test_under_any_policy(family: str, policy: dict[str, Any], chat: tuple[list[dict[str, Any]], Any]) -> None:
+    planned(encoder(family, **policy), *chat)
+
+
+PLANNED = [*((family, shape) for family in FAMILIES for shape in ("plain", "system")), ("qwen3", "tools"),
+           ("qwen2.5", "tools"), ("qwen3", "reasoning"), ("gpt-oss", "reasoning")]
+
+
+@pytest.mark.parametrize(("family", "shape"), PLANNED)
+def test_ordinary_words_are_planned(family: str, shape: str) -> None:
+    """Else the tests above would show nothing."""
+    made, chance = encoder(family), random.Random(shape)
+    messages, tools = SHAPES[shape]
+    before = planned(made, messages, tools)
+    for _ in range(12):
+        last = planned(made, reworded(messages, 0.0, chance), tools)
+    assert last >= before + 6
+
+
+def test_wishes_of_the_data_are_heeded() -> None:
+    made, chance = encoder("qwen2.5"), random.Random(5)
+    messages, tools = SHAPES["plain"]
+    for wish in ({}, {"train": False}, {"weight": 0.5}, {}):
+        for _ in range(3):
+            some = reworded(messages, 0.0, chance)
+            some[1].update(wish)
+            planned(made, some, tools)
+
+
+def test_a_condition_that_is_not_kept_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests can fail."""
+    made, chance = ChatEncoder.load(encoder("qwen3").loaded), random.Random(1)
+    messages = [user("tell me more"), answer("The answer is four."), user("And more?"), answer("Five it is, then.")]
+    for _ in range(4):
+        before = planned(made, reworded(messages, 0.0, chance))
+    assert before
+    monkeypatch.setattr(shape_rows, "_is", lambda *_: True)
+    with pytest.raises(AssertionError):
+        for word in (*LONGER, *WORDS):
+            planned(made, [user(word), answer("The answer"), user("And?"), answer("Five.")])
+            planned(made, [user("one"), answer(word), user("And?"), answer("Five.")])
+
+
+def test_a_difference_is_an_error_and_not_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, chance = ChatEncoder.load(encoder("qwen2.5").loaded), random.Random(1)
+    messages, _ = SHAPES["plain"]
+    for _ in range(4):
+        planned(made, reworded(messages, 0.0, chance))
+    monkeypatch.setattr(encode, "SAMPLE", 2)
+    monkeypatch.setattr(encode, "same_rows", lambda *_: False)
+    with pytest.raises(ChatlossError, match="rows by shape differ"):
+        for _ in range(2):
+            made.examine(Conversation.from_messages(reworded(messages, 0.0, chance)), turns=False)
+
+
+def test_no_trace_no_plans() -> None:
+    made = ChatEncoder.load(encoder("qwen3").loaded, trace=False)
+    for _ in range(3):
+        made.examine(Conversation.from_messages(SHAPES["plain"][0]), turns=False)
+    assert made._plans is None or not made._plans.planned
