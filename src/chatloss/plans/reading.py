@@ -13,9 +13,9 @@ import numpy as np
 
 from chatloss.fields import Field, Missing, locate
 from chatloss.places import Seen, end_in, place_in
-from chatloss.plans.rows import Place, Row, RowPlan, alike
+from chatloss.plans.rows import Aside, Place, Row, RowPlan, Values, alike
 from chatloss.reference import Rendering, Turn
-from chatloss.sample import Reason, Sample
+from chatloss.sample import Reason, Sample, Span
 from chatloss.shapes.shapes import Recording
 from chatloss.tokens import Encoded, FastTokens
 
@@ -38,6 +38,15 @@ def row_plan(
         return _Plan(recording, texts, rendering, turns, tokens).of(rows, apart)
     except _Unlike:
         return None
+
+
+def _values(spans: Sequence[Span]) -> Values:
+    return tuple(s.message for s in spans), tuple(s.weight for s in spans), tuple(s.reason for s in spans)
+
+
+def _part(values: Values, first: int, last: int | None) -> Values:
+    messages, weights, reasons = values
+    return messages[first:last], weights[first:last], reasons[first:last]
 
 
 class _Plan:
@@ -71,12 +80,17 @@ class _Plan:
             made.append(self._row(row, inside, apart))
         if sorted(members) != sorted(self._turns):
             raise _Unlike("a turn that is not trained in one row")
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        first = max(range(len(rows)), key=lambda i: len(rows[i]))
+        others = {i: self._aside(made[first], made[i]) for i in range(len(rows)) if i != first}
+        asides, rest = {i: one for i, one in others.items() if one}, [i for i, one in others.items() if not one]
+        order = [first, *asides, *rest]
         told = tuple((*text, tuple(sorted(pieces))) for text, pieces in self._told.items())
         back = tuple(order.index(i) for i in range(len(rows)))
         unlike = tuple(sorted(self._unlike))
         outcomes, untrained = dict(rows[0].outcomes), dict(rows[0].untrained)
-        return RowPlan(tuple(made[i] for i in order), back, told, unlike, outcomes, untrained)
+        return RowPlan(
+            made[first], tuple(asides.values()), tuple(made[i] for i in rest), back, told, unlike, outcomes, untrained
+        )
 
     def _row(self, row: Sample, inside: Sequence[int], apart: bool) -> Row:
         base = self._turns[inside[-1]]
@@ -139,7 +153,7 @@ class _Plan:
         return Row(
             tuple(pieces), tail,
             tuple((-1, moved.index(char)) if char in moved else self._place(world, starts, char) for char in chars),
-            tuple((span.message, span.weight, span.reason) for span in row.spans), loose, chars.index(edges[0]),
+            _values(row.spans), loose, chars.index(edges[0]),
             tuple((chars.index(a), chars.index(b)) for a, b in zip(edges[1::2], edges[2::2], strict=True)),
             tuple(found), tuple(ended),
             tuple((k, place, chars.index(last), reasons) for k, place, last, reasons in called), tuple(shown),
@@ -249,6 +263,35 @@ class _Plan:
             asked += [(self._world(k, True), row), (self._world(k), self._world(k, True))]
         if any(self._begins(*both) is None for both in asked):
             raise _Unlike("whether a rendering begins another depends on the texts")
+
+    def _aside(self, trunk: Row, row: Row) -> Aside | None:
+        """A row as one beside the trunk; None where it differs in more than its last turn."""
+        (at, offset), context = row.places[row.context], row.context
+        if not context or row.others or len(row.called) > 1 or at >= min(len(row.pieces), len(trunk.pieces)):
+            return None
+        before = self._texts[row.pieces[at]][:offset]
+        if row.pieces[:at] != trunk.pieces[:at] or not self._texts[trunk.pieces[at]].startswith(before):
+            return None
+        if (at, offset) > trunk.places[trunk.context] or any(a < at for a, _ in row.places[context:]):
+            return None
+        loose = {i - context: begins for i, begins in row.loose.items() if i >= context}
+        own = [one for one in row.found if one[0] >= at]
+        begins = {place for *_, place in own} | {place for _, place, *_ in row.called}
+        same = (
+            row.places[:context] == trunk.places[:context]
+            and _part(row.values, 0, context - 1) == _part(trunk.values, 0, context - 1)
+            and all(trunk.loose.get(i) == row.loose.get(i) for i in range(context))
+            and {*row.found} - {*own} <= {*trunk.found} and {*row.ended} <= {*trunk.ended}
+            and {*row.shown} <= {*trunk.shown} and begins <= {(at, offset)}
+        )
+        if not same:
+            return None
+        called = next(((k, last - context, reasons) for k, _, last, reasons in row.called), None)
+        return Aside(
+            (at, offset), context, row.pieces[at:], row.tail,
+            tuple((a - at, more) for a, more in row.places[context:]), _part(row.values, context - 1, None), loose,
+            tuple((piece - at, wanted) for piece, wanted, _ in own), called,
+        )
 
     # -- pieces ----------------------------------------------------------------------------------------------------
 
