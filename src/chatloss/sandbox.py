@@ -195,8 +195,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
-    def __init__(self, clock: Callable[[], datetime], bounds: Bounds) -> None:
-        self.meter = meter = Meter(bounds)
+    def __init__(self, clock: Callable[[], datetime], bounds: Bounds, meter: Meter | None = None) -> None:
+        self.meter = meter = meter or Meter(bounds)
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], finalize=self._finalize
         )

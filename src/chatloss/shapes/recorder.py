@@ -25,14 +25,17 @@ class Symbol:
     """A value that another conversation has another of: `value` is that of the one which is recorded.
 
     `slot` numbers it among the values of a program (-1: a sum of `parts` that nothing has asked for yet). `fixed`: its
-    type is the same in all conversations of the shape.
+    type is the same in all conversations of the shape. `of_tools`: it depends on nothing but the conversation's tools.
     """
 
-    __slots__ = ("_recorder", "fixed", "parts", "slot", "value")
+    __slots__ = ("_recorder", "fixed", "of_tools", "parts", "slot", "value")
 
-    def __init__(self, recorder: Recorder, value: Any, slot: int, fixed: bool, parts: Pieces | None = None) -> None:
+    def __init__(
+        self, recorder: Recorder, value: Any, slot: int, fixed: bool, parts: Pieces | None = None, *,
+        of_tools: bool = False,
+    ) -> None:
         self._recorder = recorder
-        self.value, self.slot, self.fixed, self.parts = value, slot, fixed, parts
+        self.value, self.slot, self.fixed, self.parts, self.of_tools = value, slot, fixed, parts, of_tools
 
     def __bool__(self) -> bool:
         return self._recorder.truth(self)
@@ -84,10 +87,10 @@ class Recorder:
 
     # -- symbols ---------------------------------------------------------------------------------------------------
 
-    def leaf(self, value: Any) -> Symbol:
+    def leaf(self, value: Any, of_tools: bool = False) -> Symbol:
         """A value that the conversation has, of a type that is its shape's."""
         self.slots += 1
-        return Symbol(self, value, self.slots - 1, True)
+        return Symbol(self, value, self.slots - 1, True, of_tools=of_tools)
 
     def step(
         self, name: Any, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any] | None = None,
@@ -113,10 +116,25 @@ class Recorder:
             raise
         if isinstance(value, Iterator) or type(value) is Symbol:
             raise Unplanned("an iterator over what a text holds")
-        made = Symbol(self, value, self._next(), fixed)
+        made = Symbol(self, value, self._next(), fixed, of_tools=_of_tools((*args, *(kwargs or {}).values())))
         self._add((made.slot, function, tuple(args), kwargs))
         self._known[key] = made
         return made
+
+    def step_of_tools(
+        self, name: Any, function: Callable[..., str], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Symbol | None:
+        """``function(*args, **kwargs)`` as one step, whatever it asks of them; None if they are more than tools."""
+        given, named = [*map(self._listed, args)], {key: self._listed(value) for key, value in kwargs.items()}
+        values = *given, *named.values()
+        if not _of_tools(values) or not all(type(one) is Symbol or _is_plain(one) for one in values):
+            return None
+        return self.step(name, function, given, named, fixed=True)
+
+    def _listed(self, value: Any) -> Any:
+        """A list of tools as one value, which is made again in every conversation."""
+        whole = type(value) is list and value and all(type(one) is Symbol and one.of_tools for one in value)
+        return self.step("listed", _listed, value) if whole else value
 
     def joined(self, parts: Sequence[str | Symbol]) -> str | Symbol:
         """The sum of texts."""
@@ -131,7 +149,8 @@ class Recorder:
             return "".join(flat)  # type: ignore[arg-type]
         if len(flat) == 1:
             return flat[0]
-        return Symbol(self, "".join([self.plain_value(one) for one in flat]), -1, True, flat)
+        text = "".join([self.plain_value(one) for one in flat])
+        return Symbol(self, text, -1, True, flat, of_tools=_of_tools(flat))
 
     def plain_value(self, value: Any) -> Any:
         """What `value` is in the conversation that is recorded."""
@@ -316,6 +335,21 @@ def _raised(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str | No
 def told(error: Exception) -> str:
     """All that is told of an error."""
     return f"{type(error).__name__}: {error}"
+
+
+def _listed(*items: Any) -> list[Any]:
+    return [*items]
+
+
+def _of_tools(values: Iterable[Any]) -> bool:
+    """Whether the symbols among `values`, if there are any, are all of tools."""
+    found = [one.of_tools for one in values if type(one) is Symbol]
+    return bool(found) and all(found)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is nothing that varies or changes."""
+    return all(type(one) in _SCALARS for one in (value if type(value) is list or type(value) is tuple else (value,)))
 
 
 def _item(values: Sequence[Any], index: int) -> Any:

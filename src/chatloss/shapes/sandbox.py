@@ -7,12 +7,14 @@ from datetime import datetime
 from functools import partial
 from typing import Any, NoReturn
 
+from jinja2 import Template
 from jinja2.exceptions import TemplateRuntimeError
 from jinja2.runtime import Context, Macro
 from jinja2.utils import Namespace
 
 from chatloss.meter import Bounds
 from chatloss.sandbox import CONCATENATED, PLAIN_METHODS, SEARCHED, SHORT, WEIGHED, SafeNamespace, Sandbox, never_folded
+from chatloss.shapes.pure import GLOBALS, pure_macros
 from chatloss.shapes.recorder import Recorder, Symbol, Text, Unplanned
 from chatloss.traced.statements import Generator
 
@@ -41,6 +43,7 @@ class RecordingSandbox(Sandbox):
 
     def __init__(self, clock: Callable[[], datetime], bounds: Bounds) -> None:
         super().__init__(clock, bounds)
+        self._clock = clock
         self.worlds = self.recorder = Recorder(self.meter)
         self.filters = {name: self._recorded("filter", name, function) for name, function in self.filters.items()}
         for name in (WEIGHED, SEARCHED):
@@ -50,6 +53,15 @@ class RecordingSandbox(Sandbox):
         tests: dict[str, Any] = dict(self.tests)
         self.tests |= {name: self._recorded("test", name, function) for name, function in tests.items()}
         self.globals |= dict.fromkeys(_RANDOM, _refused)
+        self.pure: dict[str, Callable[..., Any]] = {}
+
+    def load(self, text: str) -> Template:
+        """The template of this text, the only one of this sandbox."""
+        if "macro" in text and "tools" in text:
+            plain = Sandbox(self._clock, self.meter.bounds, self.meter)  # that counts what replays do, too
+            plain.filters["random"] = _refused
+            self.pure = pure_macros(plain, text)
+        return self.from_string(text)
 
     def _recorded(self, kind: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         recorder, context = self.recorder, hasattr(function, "jinja_pass_arg")
@@ -126,6 +138,11 @@ class RecordingSandbox(Sandbox):
         if symbols and type(__obj) is not Macro and __obj is not SafeNamespace:
             call = partial(super().call, __context)
             return __self.recorder.step("call", call, (__obj, *args), kwargs)
+        pure = __self.pure.get(__obj.name) if type(__obj) is Macro else None
+        if pure is not None and all(__context.parent.get(name) is __self.globals[name] for name in GLOBALS):
+            made = __self.recorder.step_of_tools(("macro", __obj.name), pure, args, kwargs)
+            if made is not None:
+                return made
         if __obj is SafeNamespace:
             kwargs = {key: __self.recorder.kept(value) for key, value in kwargs.items()}
         return super().call(__context, __obj, *args, **kwargs)

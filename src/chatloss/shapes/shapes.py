@@ -60,7 +60,7 @@ class Shapes:
         self._sandbox = RecordingSandbox(clock, bounds)
         self._sandbox.meter.start()
         try:
-            self._template = self._sandbox.from_string(text)
+            self._template = self._sandbox.load(text)
         except (JinjaError, SyntaxError, RecursionError, MemoryError, ValueError, OverflowError, TypeError) as error:
             raise Unsupported(str(error)) from None
         self._constants = constants
@@ -165,13 +165,13 @@ class Shapes:
         self._sandbox.meter.start()  # all renderings together may take what one may
         leaves = 0
 
-        def leaf(value: Any) -> Symbol:
+        def leaf(value: Any, of_tools: bool = False) -> Symbol:
             nonlocal leaves
             leaves += 1
-            return recorder.leaf(value)
+            return recorder.leaf(value, of_tools)
 
         given = [_with_leaves(message, leaf) for message in messages]
-        tools = None if tools is None else [leaf(tool) for tool in tools]
+        tools = None if tools is None else [leaf(tool, of_tools=True) for tool in tools]
         written: dict[tuple[int, bool], list[Any] | Exception] = {}
         refusals: dict[str, Exception] = {}
         try:
