@@ -44,6 +44,8 @@ PURE = {
     "itself": macro("{{ t }}{% if n %}{{ f(t.name, n - 1) }}{{ range(n)|list }}{% endif %}", "t, n=2"),
     "another one": macro(
         "{{ g(t.name) }}" + WALK, before="{% macro g(x) %}<{{ x }}{% if x == 'b' %}!{% endif %}>{% endmacro %}"),
+    "each other": macro("{{ g(t) }}{{ t.name }}").replace(
+        "{% for t in tools", "\n{% macro g(t) %}{{ t or f(t) }}" + WALK + "{% endmacro %}{% for t in tools"),
     "a refusal": macro("{% if t.name == 'b' %}{{ raise_exception('no ' + t.name) }}{% endif %}" + WALK),
     "an error": macro("{{ 1 // t.name|length }}{{ t.parameters.properties.x.type }}"),
     "a loop that ends": macro(WALK.replace("{{ k }}", "{% if k == 'y' %}{% break %}{% endif %}{{ loop.index }}")),
@@ -64,6 +66,10 @@ IMPURE = {
     "a namespace that it counts in": macro("{% set n.c = 1 %}" + WALK, before="{% set n = namespace(c=0) %}"),
     "an impure macro": macro("{{ g() }}" + WALK, before="{% macro g() %}{{ messages[0].content }}{% endmacro %}"),
     "a later macro": macro("{{ g() }}" + WALK) + "{% macro g() %}{% endmacro %}",
+    "a macro after a call": macro("{{ g is defined }}" + WALK).replace(
+        "{% for t in tools", "{{ f({}) }}{% macro g() %}{% endmacro %}{% for t in tools"),
+    "a later impure macro": macro("{{ g() }}" + WALK).replace(
+        "{% for t in tools", "{% macro g() %}{{ messages[0].content }}{% endmacro %}{% for t in tools"),
     "a macro of two": macro(WALK, before="{% if messages|length > 1 %}{% macro f(t) %}{% endmacro %}{% endif %}"),
     "another name for it": macro(WALK).replace("{% for t in tools", CHOSEN + "{% for t in tools"),
     "its caller": macro("{{ caller() }}" + WALK).replace("{{ f(t.function) }}", CALL),
@@ -91,9 +97,44 @@ def test_a_macro_that_is_not_pure_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
             replayed(template_of(text), list(chats_of(random.Random(7))))
 
 
+INLINE = "{% for t in tools or [] %}{% set t = t.function %}" + WALK + "{% endfor %}" + SAID
+LOOPS = {
+    "a walk": INLINE,
+    "a walk where tools are": "{% if tools %}{% set tools = tools[:1] %}" + INLINE + "{% endif %}",
+    "a macro before": "{% macro g(x) %}{{ x.type or 'b' }}{% endmacro %}" + INLINE.replace("v.type }}", "g(v) }}"),
+    "its own count": INLINE.replace("{% set t =", "{% set n = namespace(c=0) %}{% set n.c = n.c + 1 %}{% set t ="),
+    "its end": INLINE.replace("{{ k }}", "{% if v.type == 'number' %}{% break %}{% endif %}"),
+}
+NO_LOOPS = {
+    "a count": "{% set n = namespace(c=0) %}" + INLINE.replace("{{ k }}", "{% set n.c = n.c + 1 %}") + "{{ n.c }}",
+    "a message": INLINE.replace("{{ k }}", "{{ messages[0].content }}"),
+    "a variable": "{% set x = messages|length %}" + INLINE.replace("{{ k }}", "{{ x }}"),
+    "a loop around": LOOP + INLINE.replace("{{ k }}", "{{ loop.index }}") + "{{ loop.index }}{% endfor %}",
+    "its name": "{% macro tools_loop_0() %}{{ messages }}{% endmacro %}" + INLINE,
+    "what is given": INLINE.replace("tools or []", "nothing or tools"),
+    "a later macro": INLINE.replace("{{ k }}", "{{ g }}") + "{% macro g() %}{% endmacro %}",
+}
+
+
+@pytest.mark.parametrize("text", [*LOOPS.values(), *NO_LOOPS.values()], ids=[*LOOPS, *NO_LOOPS])
+def test_loops_over_tools(text: str) -> None:
+    sandbox = shapes.RecordingSandbox(lambda: conformance.CLOCK, Bounds())
+    sandbox.load(text)
+    assert ("tools_loop_0" in sandbox.pure) == (text in LOOPS.values())
+    served = replayed(template_of(text), [*chats_of(random.Random(7)), ([user("hi")], None), ([user("b")], [])])
+    assert served > 35 or text not in LOOPS.values()
+
+
+@pytest.mark.parametrize("asked", ["tools|tojson", "tools[:1]|tojson(indent=2)", "tools|tojson|length"])
+def test_all_tools_at_once(asked: str) -> None:
+    assert replayed(template_of(f"{{{{ {asked} }}}}{SAID}"), list(chats_of(random.Random(7)))) > 35
+
+
 def test_chance_is_not_recorded() -> None:
+    """Nor whether two lists are one."""
     chats = [([user("hi")], [{"function": {"name": "f"}}])]
-    for text in (macro("{{ [1, 2, t.name]|random }}"), macro("{{ [[t.name]]|map('random')|list }}")):
+    for text in (macro("{{ [1, 2, t.name]|random }}"), macro("{{ [[t.name]]|map('random')|list }}"),
+                 "{% macro f(a, b) %}{{ a is sameas b }}{% endmacro %}{{ f(tools, tools[:]) }}"):
         template = template_of(text)
         for messages, tools in chats * 2:
             assert template.render_all(messages, [World(1)], tools) is not None

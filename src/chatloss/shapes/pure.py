@@ -5,41 +5,32 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 from jinja2 import Template, nodes
 
 from chatloss.sandbox import Sandbox
 
-__all__ = ["GLOBALS", "pure_macros"]
+__all__ = ["GLOBALS", "outlined", "pure_macros"]
 
 # What a macro may name beside its own: these give the same every time, as long as a conversation has no such variable.
 GLOBALS = frozenset(("dict", "namespace", "raise_exception", "range"))
+_LOOP = "tools_loop_"
+_MOST_MACROS = 64  # each may be looked at once for each of them
 
 
 def pure_macros(sandbox: Sandbox, text: str) -> dict[str, Callable[..., Any]]:
     """The macros of a template, by name, that read nothing but their arguments; they run in `sandbox`.
 
     A macro of such a name is always the one macro: it stands at the top, and nothing else is ever assigned to the name.
-    The pure macros that it calls are defined before it, hence whenever it is. So a template of these macros alone has
-    the same ones.
+    The pure macros that it calls are defined before anybody can call it: they stand before it, or after it with nothing
+    but macros in between. So a template of these macros alone has the same ones.
     """
-    tree = sandbox._parse(text, None, None)
-    assigned = Counter(name.name for name in tree.find_all(nodes.Name) if name.ctx != "load")
-    assigned.update(macro.name for macro in tree.find_all(nodes.Macro))
-    known = {name for name in GLOBALS if name not in assigned}
-    found: list[nodes.Macro] = []
-    for node in tree.body:
-        if isinstance(node, nodes.Macro) and assigned[node.name] == 1:
-            try:
-                _check_macro(node, known | {node.name})
-            except _Impure:
-                continue
-            found.append(node)
-            known.add(node.name)
+    found, _ = _pure_in(outlined(sandbox._parse(text, None, None)))
     if not found:
         return {}
-    alone = nodes.Template(found, lineno=1)
+    alone = nodes.Template([*found], lineno=1)
     alone.set_environment(sandbox)
     template = Template.from_code(sandbox, sandbox.compile(alone), sandbox.make_globals(None))
     context = template.new_context()
@@ -48,14 +39,81 @@ def pure_macros(sandbox: Sandbox, text: str) -> dict[str, Callable[..., Any]]:
     return {node.name: partial(sandbox.call, context, context.vars[node.name]) for node in found}
 
 
+def outlined(tree: nodes.Template) -> nodes.Template:
+    """`tree`, its loops over tools turned into macros of `tools` where they read nothing else and ask something.
+
+    What a loop assigns nobody sees, and what it writes is written by the call, so that the text stays the same.
+    """
+    names = {name.name for name in tree.find_all(nodes.Name)} | {macro.name for macro in tree.find_all(nodes.Macro)}
+    if any(name.startswith(_LOOP) for name in names):
+        return tree
+    found, known = _pure_in(tree)
+    made: list[nodes.Macro] = []
+    body: list[nodes.Node] = []
+    for node in tree.body:
+        if any(node is one for one in found):
+            known.add(node.name)  # type: ignore[attr-defined]
+        before, statements = len(made), _outline([node], known, made)
+        body += [*made[before:], *statements]
+    tree.body = body
+    return tree
+
+
+def _outline(body: list[nodes.Node], known: set[str], made: list[nodes.Macro]) -> list[nodes.Node]:
+    """The statements of `body`, calls in place of the loops that are `made` macros."""
+    for i, node in enumerate(body):
+        if isinstance(node, nodes.If):
+            for one in (node, *node.elif_):
+                one.body = _outline(one.body, known, made)
+            node.else_ = _outline(node.else_, known, made)
+        elif isinstance(node, nodes.For) and any(name.name == "tools" for name in node.iter.find_all(nodes.Name)):
+            macro = nodes.Macro(f"{_LOOP}{len(made)}", [nodes.Name("tools", "param")], [], [node], lineno=node.lineno)
+            asks = any(node.find(kind) is not None for kind in (nodes.If, nodes.For, nodes.CondExpr))
+            if asks and _is_pure(macro, known):
+                made.append(macro)
+                called, given = nodes.Name(macro.name, "load"), nodes.Name("tools", "load")
+                call = nodes.Call(called, [given], [], None, None, lineno=node.lineno)
+                body[i] = nodes.Output([call], lineno=node.lineno)
+    return body
+
+
+def _pure_in(tree: nodes.Template) -> tuple[list[nodes.Macro], set[str]]:
+    """The macros that are pure, and the globals that they may name."""
+    assigned = Counter(name.name for name in tree.find_all(nodes.Name) if name.ctx != "load")
+    assigned.update(macro.name for macro in tree.find_all(nodes.Macro))
+    constant = {name for name in GLOBALS if name not in assigned}
+    known = set(constant)
+    found: list[nodes.Macro] = []
+    if sum(isinstance(node, nodes.Macro) for node in tree.body) > _MOST_MACROS:
+        return found, constant
+    statements = [node for node in tree.body if not _is_text(node)]
+    for are_macros, group in groupby(statements, lambda node: isinstance(node, nodes.Macro)):
+        macros = {node.name: node for node in group if isinstance(node, nodes.Macro) and assigned[node.name] == 1}
+        while are_macros and (impure := [one for one in macros if not _is_pure(macros[one], known | macros.keys())]):
+            for name in impure:
+                del macros[name]
+        known |= macros.keys()
+        found += macros.values()
+    return found, constant
+
+
 class _Impure(Exception):
     """Something that may depend on more than the arguments, or change more than what is the macro's own."""
 
 
-def _check_macro(node: nodes.Macro, known: set[str]) -> None:
-    for value in node.defaults:
-        _check(value, known)
-    _run(node.body, known | {name.name for name in node.args})
+def _is_text(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.Output) and all(isinstance(one, nodes.TemplateData) for one in node.nodes)
+
+
+def _is_pure(node: nodes.Macro, known: set[str]) -> bool:
+    """Whether it reads nothing but its arguments and what is `known` to be the same always."""
+    try:
+        for value in node.defaults:
+            _check(value, known)
+        _run(node.body, known | {name.name for name in node.args})
+    except _Impure:
+        return False
+    return True
 
 
 def _run(body: Iterable[nodes.Node], own: set[str]) -> set[str]:

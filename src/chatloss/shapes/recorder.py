@@ -125,13 +125,13 @@ class Recorder:
         self, name: Any, function: Callable[..., str], args: Sequence[Any], kwargs: dict[str, Any]
     ) -> Symbol | None:
         """``function(*args, **kwargs)`` as one step, whatever it asks of them; None if they are more than tools."""
-        given, named = [*map(self._listed, args)], {key: self._listed(value) for key, value in kwargs.items()}
+        given, named = [*map(self.listed, args)], {key: self.listed(value) for key, value in kwargs.items()}
         values = *given, *named.values()
         if not _of_tools(values) or not all(type(one) is Symbol or _is_plain(one) for one in values):
             return None
         return self.step(name, function, given, named, fixed=True)
 
-    def _listed(self, value: Any) -> Any:
+    def listed(self, value: Any) -> Any:
         """A list of tools as one value, which is made again in every conversation."""
         whole = type(value) is list and value and all(type(one) is Symbol and one.of_tools for one in value)
         return self.step("listed", _listed, value) if whole else value

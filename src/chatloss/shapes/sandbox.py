@@ -7,14 +7,14 @@ from datetime import datetime
 from functools import partial
 from typing import Any, NoReturn
 
-from jinja2 import Template
+from jinja2 import Template, nodes
 from jinja2.exceptions import TemplateRuntimeError
 from jinja2.runtime import Context, Macro
 from jinja2.utils import Namespace
 
 from chatloss.meter import Bounds
 from chatloss.sandbox import CONCATENATED, PLAIN_METHODS, SEARCHED, SHORT, WEIGHED, SafeNamespace, Sandbox, never_folded
-from chatloss.shapes.pure import GLOBALS, pure_macros
+from chatloss.shapes.pure import GLOBALS, outlined, pure_macros
 from chatloss.shapes.recorder import Recorder, Symbol, Text, Unplanned
 from chatloss.traced.statements import Generator
 
@@ -57,17 +57,22 @@ class RecordingSandbox(Sandbox):
 
     def load(self, text: str) -> Template:
         """The template of this text, the only one of this sandbox."""
-        if "macro" in text and "tools" in text:
+        if "tools" in text:
             plain = Sandbox(self._clock, self.meter.bounds, self.meter)  # that counts what replays do, too
-            plain.filters["random"] = _refused
+            plain.filters["random"], plain.tests["sameas"] = _refused, _same
             self.pure = pure_macros(plain, text)
         return self.from_string(text)
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        return outlined(super()._parse(source, name, filename))
 
     def _recorded(self, kind: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         recorder, context = self.recorder, hasattr(function, "jinja_pass_arg")
         of_type, fixed = kind == "test" and name in _TYPE_TESTS, kind == "test" or name in _TEXT_FILTERS
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
+            if name == "tojson":
+                args = recorder.listed(args[0]), *args[1:]
             if not any(type(one) is Symbol for one in (*args, *kwargs.values())):
                 return function(*args, **kwargs)
             first = args[0]
@@ -191,6 +196,12 @@ def _unweighed(function: Callable[..., Any]) -> Callable[..., Any]:
     if hasattr(function, "jinja_pass_arg"):
         weighed.jinja_pass_arg = function.jinja_pass_arg  # type: ignore[attr-defined]
     return weighed
+
+
+def _same(value: Any, other: Any) -> bool:
+    if other is not None and type(other) is not bool:
+        raise Unplanned("whether two values are one, where lists are made again")
+    return value is other
 
 
 def _refused(*args: Any, **kwargs: Any) -> NoReturn:
