@@ -230,20 +230,8 @@ def _said(conversation: Conversation, *, tools: bool, parse: bool, closely: bool
     Not `closely`: arguments may stay the JSON strings that they are.
     """
     said: list[tuple[_Place, str]] = []
-
-    def data(value: Any, place: _Place) -> None:
-        if isinstance(value, str):
-            said.append((place, value))
-        elif isinstance(value, Mapping):
-            for key, item in value.items():
-                data(item, (place, key))
-            said.extend(((place, key), key) for key in value)
-        elif isinstance(value, list | tuple):
-            for i, item in enumerate(value):
-                data(item, (place, i))
-
     if tools:
-        data(conversation.tools, (None, "tools"))
+        _data(said, conversation.tools, (None, "tools"))
     for i, one in enumerate(conversation.messages):
         here: _Place = (_MESSAGES, i)
         if one.reasoning:
@@ -260,12 +248,25 @@ def _said(conversation: Conversation, *, tools: bool, parse: bool, closely: bool
                 said.append(((place, "id"), call.id))
             said.append(((function, "name"), call.name))
             # A JSON string without escapes holds what its parts hold.
-            data(_parsed(given) if parse and (closely or "\\" in given) else given, (function, "arguments"))
+            _data(said, _parsed(given) if parse and (closely or "\\" in given) else given, (function, "arguments"))
         if one.tool_call_id or one.name or one.extra:
-            data(one.tool_call_id, (here, "tool_call_id"))
-            data(one.name, (here, "name"))
-            data(one.extra, here)
+            _data(said, one.tool_call_id, (here, "tool_call_id"))
+            _data(said, one.name, (here, "name"))
+            _data(said, one.extra, here)
     return said
+
+
+def _data(said: list[tuple[_Place, str]], value: Any, place: _Place) -> None:
+    """All texts of a JSON value: not a function within `_said`, which would hold itself and all that was said."""
+    if isinstance(value, str):
+        said.append((place, value))
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _data(said, item, (place, key))
+        said.extend(((place, key), key) for key in value)
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            _data(said, item, (place, i))
 
 
 def _path(place: _Place | None) -> list[str | int]:
