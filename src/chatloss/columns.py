@@ -9,8 +9,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, chain, compress, count
-from operator import attrgetter, ne
+from itertools import accumulate, chain
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,9 +94,14 @@ def _shared(row: Sample, last: Sample) -> tuple[int, int]:
     first = int(differing.argmax()) if size else 0
     ids = first if size and differing[first] else size
     spans = min(bisect_right(row.spans, ids, key=attrgetter("end")), len(last.spans))
-    if row.spans[:spans] != last.spans[:spans]:
-        spans = next(compress(count(), map(ne, row.spans, last.spans)))
-    return ids, spans
+    same = 0
+    while same < spans:  # rows of one conversation mostly share the very objects: whole parts are quickly compared
+        middle = (same + spans + 1) // 2
+        if row.spans[same:middle] == last.spans[same:middle]:
+            same = middle
+        else:
+            spans = middle - 1
+    return ids, same
 
 
 def table(parts: Sequence[Part], schema: Any, export: str) -> tuple[Any, Counts]:
