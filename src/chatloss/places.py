@@ -81,8 +81,13 @@ def end_in(seen: Seen, rendering: Rendering, i: int, start: int, known: int = 0)
     return end, False
 
 
-def place_in(seen: Seen, rendering: Rendering, i: int, start: int, end: int, text: str) -> Place:
-    """Message `i`, which stands from `start` to `end` in a prompt that begins `text`."""
+def place_in(
+    seen: Seen, rendering: Rendering, i: int, start: int, end: int, text: str, known: int = 0
+) -> Place:
+    """Message `i`, which stands from `start` to `end` in a prompt that begins `text`.
+
+    So many characters of that are `known` to be those of its own prompt.
+    """
     prompt, fields, supplied = seen.text, rendering.fields[i], None
     found = locate(prompt, fields, start, end)
     if isinstance(found, Missing):
@@ -91,7 +96,7 @@ def place_in(seen: Seen, rendering: Rendering, i: int, start: int, end: int, tex
         before, plain = rendering.prompt(i), rendering.text(i)
         if before is not None and plain is not None and before != plain:
             seen.to(len(before))
-            if text.startswith(before):
+            if text.startswith(before[known:], known):
                 supplied = len(plain), len(before)
     return Place(end, found, supplied)
 

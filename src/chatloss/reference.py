@@ -127,6 +127,7 @@ class Rendering:
         self.kwargs = {**(template_kwargs or {}), **conversation.template_kwargs}
         self.refused: dict[tuple[int, bool], str] = {}
         self._texts: dict[tuple[int, bool], str | None] = {}
+        self._alike: dict[tuple[int, bool], int] = {}
         self._swapped: list[tuple[int, Message, str | None]] = []
         self._places: dict[tuple[int, int, bool, str, str], tuple[int, int] | Missing | None] = {}
         self._made: dict[Callable[[Rendering], Any], Any] = {}
@@ -148,6 +149,11 @@ class Rendering:
         """Take over renderings that are known: (number of messages, with generation prompt) -> text."""
         self._texts.update(texts)
 
+    def alike(self, one: tuple[int, bool], other: tuple[int, bool]) -> int:
+        """How many characters two renderings are known to have in common at their beginning."""
+        known = self._alike
+        return min(known.get(one, 0), known.get(other, 0))
+
     def _in_one_pass(self) -> None:
         """Make the renderings that are asked for of every conversation, as far as they can be made at once."""
         messages = self.conversation.messages
@@ -162,13 +168,17 @@ class Rendering:
                 if other is not None:
                     swaps.append((i, other))
                     worlds.append(World(i + 1, False, (i, engine_message(other, *self.forms))))
-        made = self.template.render_all(self.messages, worlds, self.conversation.tools, **self.kwargs)
-        for world, one in zip(worlds, made[: len(made) - len(swaps)], strict=False):
+        known: list[int] = []
+        made = self.template.render_all(
+            self.messages, worlds, self.conversation.tools, known_of=known, **self.kwargs
+        )
+        for i, (world, one) in enumerate(zip(worlds, made[: len(made) - len(swaps)], strict=False)):
             if one is not None:
                 key = world.count, world.prompt
-                self._texts[key] = None if isinstance(one, TemplateError) else one
                 if isinstance(one, TemplateError):
-                    self.refused[key] = one.what
+                    self._texts[key], self.refused[key] = None, one.what
+                else:
+                    self._texts[key], self._alike[key] = one, known[i] if known else 0
         for (i, other), one in zip(swaps, made[len(made) - len(swaps) :], strict=True):
             if one is not None:
                 self._swapped.append((i, other, None if isinstance(one, TemplateError) else one))
@@ -219,7 +229,8 @@ class Rendering:
             assistant = message.role == "assistant"
             why = self.refused.get((index, assistant)) or self.refused.get((index + 1, False), "")
             return Turn(index, "unrenderable", detail=why)
-        if not own.startswith(prompt):
+        known = self.alike((index, message.role == "assistant"), (index + 1, False))
+        if not own.startswith(prompt[known:], known):
             return self._off_prompt(index, prompt, own)
         found = self._locate(index, own, len(prompt))
         if isinstance(found, Missing):

@@ -81,8 +81,12 @@ def _trunk(rendering: Rendering, turns: Sequence[Turn], tokens: FastTokens) -> _
     """The last turn as the trunk of all others, if it plainly is."""
     base = turns[-1]
     prompt, prompts = base.prompt, {turn.index: len(turn.prompt) for turn in turns}
+    key, asked = _key(rendering, base.index), rendering.alike
     for turn in turns:
-        if turn.outcome != "reachable" or turn.stop != "rendered" or not prompt.startswith(turn.prompt):
+        known = asked(key, _key(rendering, turn.index))
+        if turn.outcome != "reachable" or turn.stop != "rendered":
+            return None
+        if not prompt.startswith(turn.prompt[known:], known):
             return None
     seen, begins, reaches, begin, whole = Seen(prompt), [], [], 0, False
     for i in range(base.index + 1):
@@ -91,7 +95,7 @@ def _trunk(rendering: Rendering, turns: Sequence[Turn], tokens: FastTokens) -> _
         if i in prompts and not (whole and begin <= prompts[i]):
             return None  # its prompt does not go on from the history alone
         if i < base.index:
-            begin, whole = end_in(seen, rendering, i, begin, prompts.get(i, 0))
+            begin, whole = end_in(seen, rendering, i, begin, max(prompts.get(i, 0), asked(key, (i + 1, False))))
     encoded, context = tokens.encode_pair(prompt, base.target)
     others = [(prompts[turn.index], turn.target) for turn in turns[:-1]]
     found = tokens.branches(encoded, prompt, others) if context is not None else None
@@ -103,6 +107,11 @@ def _trunk(rendering: Rendering, turns: Sequence[Turn], tokens: FastTokens) -> _
         if branch.cut > begins[turn.index + 1] if branch.along else branch.cut < begins[turn.index]:
             return None
     return _Trunk(rendering, turns, branches, encoded, found[1], begins, reaches)
+
+
+def _key(rendering: Rendering, index: int) -> tuple[int, bool]:
+    """Which rendering the prompt of a message is."""
+    return index, rendering.conversation.messages[index].role == "assistant"
 
 
 def _grouped(branches: Sequence[Branch]) -> list[list[int]]:
@@ -134,7 +143,8 @@ def _spans(
         message, first = messages[i], len(along.chars)
         turn, branch = trained.get(i, (None, None))
         if turn is not base and (many or turn is None or message.tool_calls):
-            place = place_in(seen, rendering, i, begin, trunk.begins[i + 1], seen.text)
+            same = rendering.alike(_key(rendering, base.index), _key(rendering, i))
+            place = place_in(seen, rendering, i, begin, trunk.begins[i + 1], seen.text, same)
             if many or turn is None:
                 along.history(i, begin, place, why_not(message, i, untrained, policy))
             # A call may be spelled in several ways, of which history need not show the same first.
@@ -168,7 +178,7 @@ def _spans(
             strips[i] = known[at], along.values[at]
         else:
             more = branch.shared - branch.first
-            tokens = [known[history[i].start], *(token + more for token in others[at])]
+            tokens = [known[history[i].start], *[token + more for token in others[at]]]
             strips[i] = tokens, [(i, 0.0, Reason.GENERATION_PROMPT), *aside.values[at]]
     return _rows(trunk.turns, rows, [(known[at], along.values[at]) for at in history], strips)
 

@@ -122,9 +122,11 @@ class ChatTemplate:
 
     def render_all(
         self, messages: Messages, worlds: Sequence[World], tools: Sequence[Mapping[str, Any]] | None = None,
-        **kwargs: Any,
+        known_of: list[int] | None = None, **kwargs: Any,
     ) -> list[str | TemplateError | None]:
         """What `render` gives or raises for each of `worlds`, in one pass; None where that is not proven.
+
+        `known_of` is given for each of them what `TracedTemplate.known` says, if that is told.
 
         >>> template = ChatTemplate("{% for m in messages %}{{ m.content }}{{ '.' if loop.last }}{% endfor %}")
         >>> template.render_all([{"content": "a"}, {"content": "b"}], [World(1), World(2)])
@@ -155,6 +157,8 @@ class ChatTemplate:
                 messages, worlds, tools=None if tools is None else list(tools), documents=None,
                 **{**self.special_tokens, **kwargs},
             )
+            if known_of is not None:
+                known_of += traced.known
         else:
             self.traced["of a known shape"] += 1
         refusals = {id(one): _refusal(one) for one in made if isinstance(one, Exception)}

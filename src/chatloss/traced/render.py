@@ -46,6 +46,7 @@ class TracedTemplate:
 
     def __init__(self, text: str, clock: Callable[[], datetime], bounds: Bounds) -> None:
         self.why = ""
+        self.known: list[int] = []
         self._environment = TracedSandbox(clock, bounds)
         self._environment.meter.start()
         try:
@@ -56,7 +57,10 @@ class TracedTemplate:
     def render(
         self, messages: Sequence[Message], worlds: Sequence[World], **variables: Any
     ) -> list[str | Exception | None]:
-        """What `worlds` write or raise; None where that is not proven, and `why` then says what stood in the way."""
+        """What `worlds` write or raise; None where that is not proven, and `why` then says what stood in the way.
+
+        `known` has for each a number of characters: two of the texts begin alike through the smaller of theirs.
+        """
         environment, run = self._environment, self._environment.worlds
         run.begin(len(worlds))
         environment.meter.start()
@@ -76,9 +80,11 @@ class TracedTemplate:
         except Exception as error:  # a stranger's code: whatever it raises is its refusal
             run.refused.append((run.mask, error))
             run.dead = run.all
-        for mask, text in run.buffer.texts(run.all & ~run.dead):
+        self.known = [0] * len(worlds)
+        longest = max(range(len(worlds)), key=lambda i: (worlds[i].count, worlds[i].swap is None))
+        for mask, text, known in run.buffer.texts(run.all & ~run.dead, 1 << longest):
             for i in _bits(mask):
-                found[i] = text
+                found[i], self.known[i] = text, known
         for mask, raised in run.refused:
             for i in _bits(mask):
                 found[i] = raised

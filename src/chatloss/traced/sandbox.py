@@ -129,7 +129,7 @@ class TracedSandbox(Sandbox):
 
     def joined(self, buffer: Buffer) -> Any:
         found = buffer.texts(self.worlds.mask)
-        return found[0][1] if len(found) == 1 else Varied(found)
+        return found[0][1] if len(found) == 1 else Varied([(mask, text) for mask, text, _ in found])
 
     def assign(self, space: Any, name: str, value: Any) -> None:
         """``space.name = value`` in the worlds that run."""

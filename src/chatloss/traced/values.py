@@ -22,6 +22,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "<": lt, "<=": le, ">": gt, ">=": ge, "==": eq, "!=": ne,
 }
 _MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "==", "!=": "!="}
+_DEEP = 256
 _ALONE = (Exceeded, RecursionError, MemoryError)
 
 
@@ -129,6 +130,8 @@ class Values:
         """What was `before` after `value` was assigned to it in the worlds that run; those of `scope` may read it."""
         if self.mask == scope & ~self.dead:
             return value
+        if type(value) is int and _is_laid(before) and before.mask & ~self.mask:
+            return Varied.over(before, self.mask, value)
         old = self._everywhere(before) if type(before) is Varied else [(self.all, before)]
         left = ~self.mask
         if type(value) is Varied:
@@ -342,6 +345,13 @@ class Values:
         del self.left[depth:]
         self.dead |= mask
         self.mask = 0
+
+
+def _is_laid(before: Any) -> bool:
+    """Whether integers may be laid over a value: some that vary, of which nobody need know each at once."""
+    if type(before) is not Varied or not before.whole or before.lazy is not None or before.mask < 0:
+        return False
+    return before.under is None or before.under[3] < _DEEP
 
 
 def _line(value: Any) -> tuple[Varied | None, int, int]:

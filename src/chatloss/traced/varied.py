@@ -26,13 +26,14 @@ class Varied:
     ``longer[i]``, and the others have no such item; `sizes` are their lengths by world, `length` their length as a
     value. `items` may be varied themselves. `reverse` is what the lists are the reverse of, if of anything. If `lazy`
     is not None it gives the value in the worlds that run, of those in `born`; `known` is what it gave. `whole`: all
-    values are integers, and if `line` is (of, sign, more) they are ``sign * of + more``; `order`: see `ordered`.
+    values are integers, and if `line` is (of, sign, more) they are ``sign * of + more``; `order`: see `ordered`. If
+    `under` is (before, mask, value, depth) it is `value` in the worlds of `mask` and else what `before` is.
     `mask`: the worlds of all facets (-1: not known). `holes`: some worlds have no value, but `missing`.
     """
 
     __slots__ = (
         "_facets", "_make", "born", "holes", "items", "known", "lazy", "length", "line", "longer", "mask", "order",
-        "reverse", "sizes", "whole",
+        "reverse", "sizes", "under", "whole",
     )
     _facets: Facets | None
     _make: Callable[[], Facets]
@@ -46,13 +47,14 @@ class Varied:
     length: Any
     order: tuple[list[int], list[int]] | None
     sizes: Facets
+    under: tuple[Varied, int, int, int] | None
 
     def __init__(self, facets: Facets | None, mask: int = -1, whole: bool = False) -> None:
         self._facets = facets
         self.mask = mask
         self.whole = whole
         self.holes = False
-        self.items = self.lazy = self.line = self.order = None
+        self.items = self.lazy = self.line = self.order = self.under = None
 
     @classmethod
     def alike(
@@ -80,10 +82,34 @@ class Varied:
         value.line = of, sign, more
         return value
 
+    @classmethod
+    def over(cls, before: Varied, mask: int, number: int) -> Varied:
+        """`number` in the worlds of `mask`, what `before` is in others: integers, gone through when they are read."""
+        value = cls(None, before.mask | mask, True)
+        value.under = before, mask, number, before.under[3] + 1 if before.under else 1
+        return value
+
+    def _laid(self) -> Facets:
+        """Its facets from what was laid over what."""
+        found: dict[int, int] = {}
+        one, left = self, self.mask
+        while one.under is not None:
+            one, mask, number, _ = one.under
+            if mask & left:
+                found[number] = found.get(number, 0) | mask & left
+                left &= ~mask
+        for mask, number in one.facets:
+            if mask & left:
+                found[number] = found.get(number, 0) | mask & left
+        self.under = None
+        return [(mask, number) for number, mask in found.items()]
+
     @property
     def facets(self) -> Facets:
         if self._facets is None:
-            if self.line is None:
+            if self.under is not None:
+                self._facets = self._laid()
+            elif self.line is None:
                 self._facets = self._make()
             else:
                 of, sign, more = self.line
@@ -145,17 +171,21 @@ class Buffer:
                 raise Unproven("the renderings take turns too often")
             self.pieces.append((mask, [text]))
 
-    def texts(self, worlds: int) -> Facets:
-        """(mask, text) of all `worlds`, those that wrote the same together."""
+    def texts(self, worlds: int, trunk: int = 0) -> list[tuple[int, str, int]]:
+        """(mask, text, known) of all `worlds`, those that wrote the same together.
+
+        Two texts have at least as many characters in common as the smaller `known` says, which is best told for the
+        world of `trunk`: its text is `known` throughout.
+        """
         # The texts so far, those last written to in front: a piece is mostly the same worlds' as the one before.
-        found: list[tuple[int, list[str]]] = [(worlds, [])]
+        found: list[tuple[int, list[str], int]] = [(worlds, [], -1)]
         for piece_mask, parts in self.pieces:
             left = piece_mask & worlds
             text = "".join(parts)
-            touched: list[tuple[int, list[str]]] = []
+            touched: list[tuple[int, list[str], int]] = []
             at = 0
             while left and at < len(found):
-                mask, before = found[at]
+                mask, before, known = found[at]
                 shared = mask & left
                 if not shared:
                     at += 1
@@ -164,11 +194,14 @@ class Buffer:
                 if shared == mask:
                     del found[at]
                     before.append(text)
-                    touched.append((mask, before))
+                    touched.append((mask, before, known))
                 else:
-                    before[:] = ["".join(before)]
-                    found[at] = (mask ^ shared, before)
-                    touched.append((shared, [*before, text]))
+                    begun = "".join(before)
+                    here = len(begun) if known < 0 else known
+                    before[:] = [begun]
+                    found[at] = (mask ^ shared, before, known if trunk & (mask ^ shared) else here)
+                    touched.append((shared, [begun, text], known if trunk & shared else here))
                     at += 1
             found[:0] = touched
-        return [(mask, "".join(parts)) for mask, parts in found]
+        made = [(mask, "".join(parts), known) for mask, parts, known in found]
+        return [(mask, text, len(text) if known < 0 else known) for mask, text, known in made]
