@@ -41,7 +41,7 @@ from chatloss.manifest import (
 from chatloss.markers import Markers
 from chatloss.pipeline import Encoded, records
 from chatloss.policy import Policy
-from chatloss.runners import Runner, in_processes, in_threads
+from chatloss.runners import Runner, in_processes, in_threads, seldom_collected
 from chatloss.shards import (
     Input,
     Shard,
@@ -119,6 +119,7 @@ def _give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+@seldom_collected()
 def run_shard(job: Job, encoder: ChatEncoder, shard: Shard, folder: Folder) -> Counts:
     """Encode one shard and put it, then its marker, into `folder`; returns what became of its records."""
     reader, counts = ShardReader(shard), Counts()
