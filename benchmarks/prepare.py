@@ -6,7 +6,8 @@ preprocessing with assistant masks (`SFTTrainer` on a `datasets.Dataset`, its pa
 `transformers.apply_chat_template` with a mask in a loop. Then the same per second of the clock with two processes and
 all that starting them takes: ``--workers 2``, and ``dataset_num_proc=2``. Megabytes are those of one rendering of every
 chat, the same for all. What others make is not the same: `chatloss` also finds out what each turn's context is at
-inference. Chats are taken `COPIES` times (`COPIES_FOR_TWO`), each time with other texts.
+inference. Chats are taken `COPIES` times (`COPIES_FOR_TWO`), each time with other texts: what a corpus has many of is
+chats of few shapes.
 
 ``--equal`` measures nothing: it compares every id, span and weight of all these chats with those of the reference
 encoder (`tokenizers`) and the reference renderer (every prefix rendered alone).
@@ -38,13 +39,14 @@ PAIRS = {"qwen3": "qwen3_training", "qwen2.5": "qwen2_5_training", "llama3": "ll
 # The template that TRL ships beside its tagged one puts a thought into every prompt: all chats here are off-prompt.
 TEMPLATES = {"deepseek-v3": "yujiepan-deepseek-v3-tiny-random"}
 DATA = ("tools", "plain", "agent")
-COPIES, COPIES_FOR_TWO = 4, 24
+COPIES = {"tools": 8, "plain": 8, "agent": 4}
+COPIES_FOR_TWO, COPIES_TO_COMPARE = 24, {"tools": 4, "plain": 4, "agent": 1}
 # What takes the time, by the innermost module of ours that runs.
 STAGES = {
     "read": "shards reader streams tables formats chat values",
-    "render": "template sandbox meter traced",
+    "render": "template sandbox meter traced shapes",
     "ids": "tokens fast_tokens cuts",
-    "rows": "reference fields places rows paint window encode sample pipeline policy",
+    "rows": "reference fields places rows paint straight plans window encode sample pipeline policy typed",
     "write": "columns dataset manifest folders prepare",
 }
 MODULES = {f"chatloss.{name}": stage for stage, names in STAGES.items() for name in names.split()}
@@ -123,7 +125,7 @@ def chatloss(pair: str, data: str, backend: str) -> dict[str, Any]:
     from chatloss.prepare import run_shard
     from chatloss.shards import blocks_of, hashed, inputs_of, shards_of, with_blocks
 
-    rows, job = copies(data, COPIES), job_of(pair, backend)
+    rows, job = copies(data, COPIES[data]), job_of(pair, backend)
     encoder = job.encoder()
     for chat in conversations(rows[-2:]):
         encoder.examine(chat)
@@ -162,7 +164,7 @@ def two_processes(pair: str, data: str, backend: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         path, began = written(rows, folder), time.monotonic()
         prepare([path], f"{folder}/out", job_of(pair, backend), workers=2, max_rejects=1.0)
-        return {"two": (time.monotonic() - began) / COPIES_FOR_TWO * COPIES}
+        return {"two": (time.monotonic() - began) / COPIES_FOR_TWO * COPIES[data]}
 
 
 def job_of(pair: str, backend: str) -> Any:
@@ -221,10 +223,11 @@ def differences(pair: str, data: str) -> dict[str, int]:
     fast, plain = job_of(pair, "fast").encoder(), job_of(pair, "reference").encoder()
     plain = replace(plain, template=replace(plain.template, trace=False))
     found: Counter[str] = Counter()
-    for chat in conversations(copies(data, 1)):
-        one, other = fast.examine(chat), plain.examine(chat)
+    for chat in conversations(copies(data, COPIES_TO_COMPARE[data])):
+        one, other = fast.examine(chat, turns=False), plain.examine(chat)
         found.update(chats=1, rows=len(one.rows), tokens=sum(map(len, one.rows)), differing=not same(one, other))
-    return dict(found)
+    assert fast._plans is not None
+    return {**found, "planned": fast._plans.planned}
 
 
 def same(one: Any, other: Any) -> bool:
@@ -270,7 +273,7 @@ def as_peers_take(row: dict[str, Any]) -> dict[str, Any]:
 def peers(pair: str, data: str) -> dict[str, Any]:
     """TRL and transformers over the same chats; what one of them raises is told under its name."""
     runs: dict[str, Callable[[], dict[str, Any]]] = {
-        "trl": lambda: trl(pair, copies(data, COPIES)),
+        "trl": lambda: trl(pair, copies(data, COPIES[data])),
         "transformers": lambda: transformers(pair, data),
         "two": lambda: trl(pair, copies(data, COPIES_FOR_TWO), processes=2),
     }
@@ -281,7 +284,7 @@ def peers(pair: str, data: str) -> dict[str, Any]:
         except Exception as error:
             made[name] = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:160]}
     if "seconds" in made["two"]:
-        made["two"]["seconds"] *= COPIES / COPIES_FOR_TWO
+        made["two"]["seconds"] *= COPIES[data] / COPIES_FOR_TWO
     return made
 
 
@@ -320,7 +323,7 @@ def trl(pair: str, rows: list[dict[str, Any]], processes: int | None = None) -> 
 def transformers(pair: str, data: str) -> dict[str, Any]:
     """CPU seconds of `apply_chat_template` with an assistant mask in a loop."""
     tokenizer, tokens = tagged_tokenizer(pair), 0
-    given = [as_peers_take(row) for row in copies(data, COPIES)]
+    given = [as_peers_take(row) for row in copies(data, COPIES[data])]
     began = time.process_time()
     for row in given:
         kwargs = {"tools": json.loads(row["tools"])} if "tools" in row else {}
@@ -341,7 +344,7 @@ def measure(what: str, pair: str, data: str, backend: str) -> dict[str, Any]:
     return found
 
 
-def line(ours: dict[str, Any], others: dict[str, Any]) -> list[str]:
+def line(data: str, ours: dict[str, Any], others: dict[str, Any]) -> list[str]:
     """The cells of a line of the table; "-" where something could not be run."""
     def shown(digits: int, a: float | None, b: float | None) -> str:
         return f"{a / b:.{digits}f}" if a and b else "-"
@@ -349,7 +352,7 @@ def line(ours: dict[str, Any], others: dict[str, Any]) -> list[str]:
     size = ours["megabytes"]
     trl, loop, two = (others.get(name, {}) for name in ("trl", "transformers", "two"))
     return [
-        f"{size / COPIES:.2f}", *(shown(2, size, one.get("seconds")) for one in (ours, trl, loop)),
+        f"{size / COPIES[data]:.2f}", *(shown(2, size, one.get("seconds")) for one in (ours, trl, loop)),
         shown(1, trl.get("seconds"), ours["seconds"]), shown(1, ours["tokens"], trl.get("tokens")),
         shown(2, size, ours["two"]), shown(2, size, two.get("seconds")), shown(1, two.get("seconds"), ours["two"]),
         shown(1, ours["seconds"], ours["least"]), shown(2, size, ours["rendering"]),
@@ -391,16 +394,17 @@ def timed(lines: list[tuple[str, str]], encoder: str) -> None:
             if isinstance(said, dict) and ("error" in said or said.get("rejected")):
                 print(f"{pair} {data} {name}: {said.get('error') or said}", file=sys.stderr)
         if "error" not in ours:
-            print(f"| {' | '.join([pair, data, *line(ours, others)])} |", flush=True)
+            print(f"| {' | '.join([pair, data, *line(data, ours, others)])} |", flush=True)
 
 
 def compared(lines: list[tuple[str, str]], encoder: str) -> None:
-    print("| pair | chats | number | rows | tokens | differing |\n| --- | --- | ---: | ---: | ---: | ---: |")
+    print("| pair | chats | number | by plan | rows | tokens | differing |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     differing = 0
     for pair, data in lines:
         made = measure("equal", pair, data, encoder)
         differing += made.get("differing", 1)
-        cells = [str(made.get(name, "-")) for name in ("chats", "rows", "tokens", "differing")]
+        cells = [str(made.get(name, "-")) for name in ("chats", "planned", "rows", "tokens", "differing")]
         print(f"| {' | '.join([pair, data, *cells])} |{made.get('error', '')}", flush=True)
     sys.exit(1 if differing else 0)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from keyword import iskeyword
 from typing import Any
 
-from chatloss.shapes.recorder import Recorder, Step, Symbol
+from chatloss.shapes.recorder import Recorder, Step, Symbol, Unplanned
 
 __all__ = ["Program"]
 
@@ -38,7 +39,9 @@ class Program:
         given = [self._value(one) for one in args]
         if function is None:
             return f"    v{slot} = ''.join(({''.join(f'{one}, ' for one in given)}))"
-        given += [f"{key}={self._value(one)}" for key, one in (kwargs or {}).items()]
+        if any(not name.isidentifier() or iskeyword(name) for name in kwargs or ()):
+            raise Unplanned("a name that Python would read as something else")
+        given += [f"{name}={self._value(one)}" for name, one in (kwargs or {}).items()]
         return f"    v{slot} = {self._value(function)}({', '.join(given)})"
 
     def _value(self, value: Any) -> str:

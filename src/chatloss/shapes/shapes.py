@@ -25,6 +25,7 @@ Rendered = list[str | Exception | None]
 LARGEST = 32  # messages: longer conversations hardly ever have the same shape
 OFTEN = 12  # conversations of a shape, for which recording one saves more time than it takes
 KNOWN, RECORDED, EACH = 4096, 256, 4  # shapes that are counted, those that are recorded, recordings of each
+LONGEST_SHAPE, LONGEST_NAME, LONGEST_TEXT = 1024, 64, 2**16  # of what is kept for each
 _SCALARS = frozenset((str, int, bool, float, type(None)))
 
 
@@ -160,6 +161,8 @@ class Shapes:
         variables: Mapping[str, Any],
     ) -> Recording | None:
         """The shape of a conversation; None where another one of its shape may be rendered in another way."""
+        if sum(map(_length, _shape_of(messages, tools, variables)[1])) > LONGEST_TEXT:
+            return None  # recordings keep it
         recorder = self._sandbox.recorder
         recorder.begin()
         self._sandbox.meter.start()  # all renderings together may take what one may
@@ -236,7 +239,17 @@ def _shape_of(
         if type(value) not in _SCALARS:
             return None, leaves
         shape += key, type(value), value
+    if len(shape) > LONGEST_SHAPE or any(type(one) is str and len(one) > LONGEST_NAME for one in shape):
+        return None, leaves  # keys and roles are a stranger's, and shapes are kept
     return tuple(shape), leaves
+
+
+def _length(value: Any) -> int:
+    """How many characters and values it holds."""
+    if isinstance(value, str):
+        return len(value)
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return 1 + sum(map(_length, items))
 
 
 def _walk(value: Mapping[str, Any], shape: list[Any], leaves: list[Any]) -> None:
