@@ -251,6 +251,10 @@ class Rendering:
 
     def _locate(self, index: int, own: str, start: int) -> Located | Missing:
         fields = self.fields[index]
+        if len(fields) == 1 and fields[0].reason is Reason.CONTENT and not needs_proof(fields[0]):
+            text = fields[0].text  # the usual: it begins where the prompt ends
+            if own.startswith(text, start):
+                return [(start, start + len(text), Reason.CONTENT)]
         proven: dict[int, tuple[int, int]] = {}
         for i, field in enumerate(fields):
             if not needs_proof(field):
