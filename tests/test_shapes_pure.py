@@ -197,3 +197,33 @@ def test_chats_of_other_schemas_are_of_one_shape() -> None:
         tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": parameters}}
         replayed(template, [([user("hi"), answer("yo")], [tool])])
     assert template.traced["of a known shape"] == 30
+
+
+def test_refusals_are_compared_where_a_recording_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = LOOP + "{{ m.content + 'x' }}{% if m.content == 'b' %}{{ raise_exception('no b') }}{% endif %}{% endfor %}"
+    template, rendered = template_of(text), 0
+    whole = ChatTemplate.render
+
+    def render(self: ChatTemplate, *args: Any, **kwargs: Any) -> str:
+        nonlocal rendered
+        rendered += 1
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(ChatTemplate, "render", render)
+    for k in range(5):
+        made = template.render_all([user(f"a{k}"), user("b")], [World(1), World(2)])
+        assert made[0] == f"a{k}x" and "no b" in str(made[1])
+        assert rendered == 2
+    assert template.traced["of a known shape"] == 5
+
+
+def test_a_recording_that_refuses_what_the_template_renders_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = template_of(LOOP + "{{ m.content }}{% endfor %}")
+
+    def render(self: shapes.Shapes, *args: Any) -> list[Exception]:
+        self.fresh = True
+        return [ValueError("no")]
+
+    monkeypatch.setattr(shapes.Shapes, "render", render)
+    assert template.render_all([user("a")], [World(1)]) == [None]
+    assert template.render_all([user("a")], [World(1)]) == ["a"]

@@ -152,6 +152,7 @@ class ChatTemplate:
             World(one.count, one.prompt, (one.swap[0], _aliased(one.swap[1]))) if one.swap else one for one in worlds
         ]
         made = known.render(messages, worlds, tools, kwargs) if known is not None else None
+        replayed = made is not None
         if made is None:
             made = traced.render(
                 messages, worlds, tools=None if tools is None else list(tools), documents=None,
@@ -171,7 +172,8 @@ class ChatTemplate:
                 return error
 
         still = self.clock != datetime.now or "strftime_now" not in text
-        self._check(found, alone, still, whole=known is not None and known.fresh)
+        if not self._check(found, alone, still, replayed, whole=known is not None and known.fresh) and replayed:
+            shapes[name] = None
         missing = found.count(None)
         self.traced["rendered alone"] += missing
         self.traced["in one pass"] += len(worlds) - missing
@@ -186,25 +188,29 @@ class ChatTemplate:
 
     def _check(
         self, found: list[str | TemplateError | None], alone: Callable[[int], str | TemplateError], still: bool,
-        whole: bool,
-    ) -> None:
+        replayed: bool, whole: bool,
+    ) -> bool:
         """Nobody shall have to believe in the one pass: forget refusals, in place, that one of the renderings which
-        met them does not meet alone, and once in `SAMPLE` passes compare a text, if time stands `still`.
+        met them does not meet alone (False then), and once in `SAMPLE` passes compare a text, if time stands `still`.
 
-        What is `whole` is compared whole: the first conversation that a recording was used for.
+        What is `whole` is compared whole: the first conversation that a recording was used for. Those that are
+        `replayed` later passed guards that lead to the refusals as to the texts, and are sampled for both.
         """
-        for i in {id(one): i for i, one in enumerate(found) if isinstance(one, TemplateError)}.values():
+        self.traced["passes"] += 1
+        right, sampled = True, self.traced["passes"] % SAMPLE == 1
+        refused = {id(one): i for i, one in enumerate(found) if isinstance(one, TemplateError)}
+        for i in refused.values() if whole or sampled or not replayed else ():
             refusal, single = found[i], alone(i)
             if str(single) != str(refusal) or isinstance(single, str):
-                found[:] = [None if one is refusal else one for one in found]
-        self.traced["passes"] += 1
-        sample = [self.traced["passes"] // SAMPLE % len(found)] if self.traced["passes"] % SAMPLE == 1 else []
+                right, found[:] = False, [None if one is refusal else one for one in found]
+        sample = [self.traced["passes"] // SAMPLE % len(found)] if sampled else []
         compared = range(len(found)) if whole else sample
         if still and any(isinstance(found[i], str) and alone(i) != found[i] for i in compared):
             raise ChatlossError(
                 "the template rendered in one pass differs from the template rendered alone",
                 hint="--no-trace, and please report this template", kind="trace",
             )
+        return right
 
     def _compile(self, text: str) -> Template:
         sandbox = self._local.sandbox
