@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,12 @@ from hypothesis import HealthCheck, settings
 # Generated conversations are slow to make on a busy machine; that is no failure.
 settings.register_profile("chatloss", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.load_profile("chatloss")
+
+
+@pytest.fixture(autouse=True)
+def loggers_speak() -> None:
+    """Whatever a test before has silenced."""
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")

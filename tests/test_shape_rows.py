@@ -131,7 +131,8 @@ def test_ordinary_words_are_planned(family: str, shape: str) -> None:
 def test_wishes_of_the_data_are_heeded() -> None:
     made, chance = encoder("qwen2.5"), random.Random(5)
     messages, tools = SHAPES["plain"]
-    for wish in ({}, {"train": False}, {"weight": 0.5}, {}):
+    made = ChatEncoder.load(made.loaded)
+    for wish in ({"train": False}, {}, {"weight": 0.5}, {"train": True}, {}):
         for _ in range(3):
             some = reworded(messages, 0.0, chance)
             some[1].update(wish)

@@ -65,6 +65,8 @@ class _Plan:
         messages = self._rendering.conversation.messages
         if not rows or messages[0].role == "assistant":
             raise _Unlike("what is rendered before the first message is somebody else's")
+        if any(message.train is not None or message.weight is not None for message in messages):
+            raise _Unlike("a wish of the data, which others do not have")
         for turn in self._turns.values():
             if turn.outcome != "reachable" or turn.stop != "rendered" or turn.trimmed:
                 raise _Unlike("a turn that is not plainly trained")

@@ -232,6 +232,7 @@ def _shape_of(
                 shape.append(type(value))
                 leaves.append(value)
         shape.append(None)
+    shape.append(tools is None)
     if tools is not None:
         leaves += tools
         shape += map(type, tools)
