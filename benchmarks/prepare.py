@@ -31,7 +31,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 from tests import assets
 
 PAIRS = {"qwen3": "qwen3_training", "qwen2.5": "qwen2_5_training", "llama3": "llama3_training",
@@ -232,11 +231,11 @@ def differences(pair: str, data: str) -> dict[str, int]:
 
 def same(one: Any, other: Any) -> bool:
     """Whether two encodings have the same ids, spans with weights, turns and problems."""
-    rows = list(zip(one.rows, other.rows, strict=False))
-    return len(one.rows) == len(other.rows) and all(
-        np.array_equal(a.input_ids, b.input_ids) and a.spans == b.spans and a.outcomes == b.outcomes
-        and a.untrained == b.untrained and np.array_equal(a.weights, b.weights) for a, b in rows
-    ) and (one.outcomes, one.untrained, one.problems) == (other.outcomes, other.untrained, other.problems)
+    from chatloss.plans.plans import same_rows
+
+    return same_rows(one.rows, other.rows) and (
+        (one.outcomes, one.untrained, one.problems) == (other.outcomes, other.untrained, other.problems)
+    )
 
 
 def conversations(rows: list[dict[str, Any]]) -> Iterator[Any]:

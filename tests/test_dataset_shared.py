@@ -138,6 +138,7 @@ DAMAGE: list[tuple[str, int, Any, str]] = [
     ("turns", 2, None, "last row"),
     ("shared_spans", 0, 2, ""), ("shared_ids", 0, 3, ""),
     ("rest_ids", 0, [-5], "numbers from 0"), ("rest_span_ends", 0, [0], ""), ("rest_span_reasons", 0, [99], ""),
+    ("rest_span_weights", 2, [1.0] * 9, ""), ("rest_span_messages", 2, [0] * 9, ""),
     ("conversation", 2, 1, "last row"),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable
 from functools import cache
@@ -17,6 +18,7 @@ from chatloss.encode import ChatEncoder
 from chatloss.errors import ChatlossError
 from chatloss.fast_tokens import loaded_with
 from chatloss.load import load_tokenizer
+from chatloss.plans import plans
 from chatloss.plans import rows as shape_rows
 from chatloss.plans.plans import same_rows
 from chatloss.policy import Policy
@@ -31,9 +33,9 @@ FAMILIES = ["qwen3", "qwen2.5", "llama3", "gpt-oss", "deepseek-v3"]
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first conversation of a shape is recorded, and nothing but these tests compares rows."""
+    """The first conversation of a shape is recorded, and but for the first of a plan these tests alone compare rows."""
     monkeypatch.setattr(shapes, "OFTEN", 1)
-    monkeypatch.setattr(encode, "SAMPLE", 10**9)
+    monkeypatch.setattr(plans, "SAMPLE", 10**9)
 
 
 @cache
@@ -41,10 +43,7 @@ def encoder(family: str, **policy: Any) -> ChatEncoder:
     loaded = loaded_with(load_tokenizer(str(assets.tokenizer_dir(family))), "fast")
     # DeepSeek's own template is another one today: it puts a thought into every prompt.
     template = assets.templates()["yujiepan-deepseek-v3-tiny-random"] if family == "deepseek-v3" else None
-    made = ChatEncoder.load(loaded, template, Policy(**policy), clock=lambda: conformance.CLOCK)
-    if made._plans is not None:
-        made._plans.planned = 2  # the first is compared
-    return made
+    return ChatEncoder.load(loaded, template, Policy(**policy), clock=lambda: conformance.CLOCK)
 
 
 def planned(made: ChatEncoder, messages: list[dict[str, Any]], tools: Any = None) -> int:
@@ -120,7 +119,8 @@ PLANNED = [*((family, shape) for family in FAMILIES for shape in ("plain", "syst
 @pytest.mark.parametrize(("family", "shape"), PLANNED)
 def test_ordinary_words_are_planned(family: str, shape: str) -> None:
     """Else the tests above would show nothing."""
-    made, chance = encoder(family), random.Random(shape)
+    known, chance = encoder(family), random.Random(shape)
+    made = ChatEncoder.load(known.loaded, known.template.source, clock=lambda: conformance.CLOCK)
     messages, tools = SHAPES[shape]
     before = planned(made, messages, tools)
     for _ in range(12):
@@ -158,11 +158,43 @@ def test_a_difference_is_an_error_and_not_a_row(monkeypatch: pytest.MonkeyPatch)
     messages, _ = SHAPES["plain"]
     for _ in range(4):
         planned(made, reworded(messages, 0.0, chance))
-    monkeypatch.setattr(encode, "SAMPLE", 2)
+    monkeypatch.setattr(plans, "SAMPLE", 2)
     monkeypatch.setattr(encode, "same_rows", lambda *_: False)
     with pytest.raises(ChatlossError, match="rows by shape differ"):
         for _ in range(2):
             made.examine(Conversation.from_messages(reworded(messages, 0.0, chance)), turns=False)
+
+
+def test_a_plan_is_not_made_of_a_lucky_chat() -> None:
+    """The answer "return" is found again in the stop behind it, which tells otherwise where its message ends."""
+    made, chance = ChatEncoder.load(encoder("gpt-oss").loaded, clock=lambda: conformance.CLOCK), random.Random(1)
+    messages = [user("Tell me more."), answer("return"), user("assistant"), answer("There is no more."), user("Why?"),
+                answer("end")]
+    planned(made, messages)
+    planned(made, messages)
+    assert made._plans is not None and not len(made._plans._plans)
+    for _ in range(4):
+        planned(made, reworded(messages, 0.0, chance))
+
+
+def test_the_first_rows_of_a_plan_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, chance = ChatEncoder.load(encoder("qwen2.5").loaded), random.Random(1)
+    monkeypatch.setattr(encode, "same_rows", lambda *_: False)
+    with pytest.raises(ChatlossError, match="rows by shape differ"):
+        for _ in range(4):
+            made.examine(Conversation.from_messages(reworded(SHAPES["plain"][0], 0.0, chance)), turns=False)
+    assert made._plans is not None and made._plans.planned == 1
+
+
+def test_plans_end_with_their_recordings() -> None:
+    made, chance = ChatEncoder.load(encoder("qwen2.5").loaded), random.Random(1)
+    for _ in range(4):
+        planned(made, reworded(SHAPES["plain"][0], 0.0, chance))
+    known, plans_of = made.template._local.shapes["default"], made._plans
+    assert known is not None and plans_of is not None and len(plans_of._plans) == 1
+    known._shapes.clear()
+    gc.collect()
+    assert not len(plans_of._plans) and not len(plans_of._worth)
 
 
 def test_no_trace_no_plans() -> None:

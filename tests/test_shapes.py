@@ -159,6 +159,7 @@ ASKED = {
     "a refusal": LOOP + "{% if m.content == 'b' %}{{ raise_exception('no b') }}{% endif %}{{ m.role }}{% endfor %}",
     "a refusal that says it":
         LOOP + "{% if loop.last %}{{ raise_exception('not ' + m.content) }}{% endif %}{% endfor %}",
+    "a signed zero": LOOP + "{{ m.content|length * 0.0 }} {{ m.content|length * -0.0 }}{% endfor %}",
     "an error": LOOP + "{{ m.content + 1 }}{% endfor %}",
     "an error of some": LOOP + "{{ 10 // m.content|length }}{% endfor %}",
     "tools": "{% for t in tools or [] %}{{ t.function.name }}{% for k, v in t.function.parameters.properties.items() %}"
@@ -250,6 +251,23 @@ def test_a_replay_is_metered() -> None:
         assert not isinstance(one, str)
 
 
+DOUBLED = "{% set ns = namespace(x=messages[0].content) %}" \
+          "{% for i in range(8) %}{% set ns.x = ns.x + ns.x %}{% endfor %}"
+
+
+@pytest.mark.parametrize("text", [
+    DOUBLED + "{{ ns.x|length }}", DOUBLED + "{{ ns.x }}",
+    "{% for i in range(300) %}{{ messages[0].content }}{% endfor %}",
+])
+def test_sums_and_what_is_written_are_metered_in_a_replay(text: str) -> None:
+    template = ChatTemplate(text, bounds=Bounds(value=20_000, output=20_000))
+    assert [type(one) for one in template.render_all([user("ab")], [World(1)])] == [str]
+    assert template.traced["of a known shape"] == 1
+    for one in template.render_all([user("a" * 500)], [World(1)]):
+        assert not isinstance(one, str)
+    assert template.traced["of a known shape"] == 1
+
+
 def test_shapes_that_are_kept_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shapes, "KNOWN", 8)
     monkeypatch.setattr(shapes, "RECORDED", 4)
@@ -257,6 +275,33 @@ def test_shapes_that_are_kept_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     replayed(template, [([user("hi"), *([answer("yo")] * k)], None) for k in range(20)])
     known = template._local.shapes["default"]
     assert known is not None and len(known._shapes) <= 4 and len(known._seen) <= 8
+
+
+def test_recordings_that_are_kept_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    often = template_of("{% for i in range(5000) %}{{ messages[0].content }}{% endfor %}")
+    assert replayed(often, [([user("hi")], None)] * 3) == 0
+    monkeypatch.setattr(shapes, "KEPT", 40)
+    template = template_of(LOOP + "{{ m.content }}{% endfor %}")
+    replayed(template, [([user("hi"), *([answer("yo")] * k)], None) for k in range(5)])
+    known = template._local.shapes["default"]
+    assert known is not None and sum(one.size for each in known._shapes.values() for one in each) <= 40
+
+
+def test_variables_that_are_equal_and_written_otherwise_are_other_shapes() -> None:
+    template = template_of("{{ x }}" + LOOP + "{{ m.content }}{% endfor %}")
+    for value in (0.0, -0.0, 0, False, 0.0, -0.0):
+        assert template.render_all([user("hi")], [World(1)], x=value) == [f"{value}hi"]
+
+
+def test_a_refusal_that_is_not_the_templates_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is the first of a recording nobody has been told of it yet: the recording is given up."""
+    template = template_of(LOOP + "{{ m.content + 1 }}{% endfor %}")
+    monkeypatch.setattr("chatloss.template.SAMPLE", 2)
+    assert replayed(template, [([user("hi")], None)] * 2) == 2
+    monkeypatch.setattr(ChatTemplate, "render", lambda *_, **__: "fine")
+    with pytest.raises(ChatlossError, match="differs"):
+        for _ in range(2):
+            template.render_all([user("hi")], [World(1)])
 
 
 def test_a_symbol_is_of_no_use_once_the_recording_is_over() -> None:

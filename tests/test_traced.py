@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -394,6 +395,17 @@ def test_what_exhausts_time_or_memory_alone_is_not_served_by_the_one_pass(text: 
     template = ChatTemplate(text, bounds=Bounds(ticks=20_000))
     for one in template.render_all([user("hi"), answer("yo")], [World(1), World(2), World(2, True)]):
         assert not isinstance(one, str)
+
+
+def test_a_long_sum_is_refused_before_it_is_made() -> None:
+    text = "{% set a = messages[0].content %}{{ (" + " + ".join(["a"] * 3000) + ")|length }}"
+    template = ChatTemplate(text, bounds=Bounds(value=100_000_000, built=200_000_000))
+    tracemalloc.start()
+    found = template.render_all([user("x" * 1_000_000), answer("yo")], [World(1), World(2)])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert not any(isinstance(one, str) for one in found)
+    assert peak < 1_000_000_000
 
 
 @pytest.mark.parametrize("text", ESCAPES.values(), ids=ESCAPES.keys())

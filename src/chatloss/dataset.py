@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -321,7 +321,7 @@ class _Group:
         ends, messages, weights, reasons = (self._values(name, row).tolist() for name in SPANS)
         starts = [spans[-1].end if spans else 0, *ends][: len(ends)]
         named = [_REASONS.get(reason) or Reason(reason) for reason in reasons]  # the latter raises
-        spans += tuple(map(Span, starts, ends, messages, weights, named))
+        spans += tuple(starmap(Span, zip(starts, ends, messages, weights, named, strict=True)))
         if turns is None and last is not None:
             outcomes, untrained = dict(last.outcomes), dict(last.untrained)
         else:

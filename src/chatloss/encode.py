@@ -24,7 +24,7 @@ from chatloss.rows import TurnIds, group, turn_ids
 from chatloss.sample import Reason, Sample
 from chatloss.stops import Stop, control_texts
 from chatloss.straight import straight
-from chatloss.template import ANSWER, SAMPLE, USER, ChatTemplate
+from chatloss.template import ANSWER, USER, ChatTemplate
 from chatloss.tokens import FastTokens
 from chatloss.typed import Controls, Origin, Typed, TypedRendering, Unproven
 from chatloss.window import fit
@@ -204,7 +204,7 @@ class ChatEncoder:
         rendering = self.rendering(conversation)
         known = self.template.recall(rendering.messages, conversation.tools, **rendering.kwargs)
         rows = None if known is None else plans.rows(*known, rendering)
-        if rows is not None and plans.planned % SAMPLE != 1:
+        if rows is not None and not plans.compared:
             return Encoding(rows, rows[-1].outcomes, rows[-1].untrained, ())
         encoding = self._examine(conversation, [], rendering)
         if rows is not None and not same_rows(rows, encoding.rows):

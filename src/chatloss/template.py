@@ -194,7 +194,8 @@ class ChatTemplate:
         met them does not meet alone (False then), and once in `SAMPLE` passes compare a text, if time stands `still`.
 
         What is `whole` is compared whole: the first conversation that a recording was used for. Those that are
-        `replayed` later passed guards that lead to the refusals as to the texts, and are sampled for both.
+        `replayed` later passed guards that lead to the refusals as to the texts, and are sampled for both: there a
+        refusal that is wrong is an error, for others before it may have been.
         """
         self.traced["passes"] += 1
         right, sampled = True, self.traced["passes"] % SAMPLE == 1
@@ -205,7 +206,8 @@ class ChatTemplate:
                 right, found[:] = False, [None if one is refusal else one for one in found]
         sample = [self.traced["passes"] // SAMPLE % len(found)] if sampled else []
         compared = range(len(found)) if whole else sample
-        if still and any(isinstance(found[i], str) and alone(i) != found[i] for i in compared):
+        wrong = still and any(isinstance(found[i], str) and alone(i) != found[i] for i in compared)
+        if wrong or (still and replayed and not whole and not right):
             raise ChatlossError(
                 "the template rendered in one pass differs from the template rendered alone",
                 hint="--no-trace, and please report this template", kind="trace",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 
@@ -11,37 +11,42 @@ from chatloss.plans.reading import row_plan
 from chatloss.plans.rows import RowPlan
 from chatloss.reference import Rendering, Turn
 from chatloss.sample import Decode, Sample
-from chatloss.shapes.shapes import RECORDED, Recording
+from chatloss.shapes.shapes import Recording
 from chatloss.tokens import FastTokens
 
 __all__ = ["RowPlans", "same_rows"]
 
 # A plan that has failed more often than served is made anew; a shape that gives none is tried so often.
 FIRST_WORTH, MOST_WORTH, MOST_TRIES = 8, 32, 16
-
-
-_NOTHING: tuple[RowPlan | None, int] = None, 0
+SAMPLE = 256  # of so many conversations with rows by plan, one is to be compared
 
 
 class RowPlans:
     """The plans of an encoder, for the recordings of its template. `planned` counts conversations whose rows they gave.
 
-    `apart`: every turn has a row of its own by the policy.
+    `compared`: whether the rows that were given last are to be compared with those made as ever: the first of each
+    plan, and one in `SAMPLE`. `apart`: every turn has a row of its own by the policy.
     """
 
     def __init__(self, tokens: FastTokens, decode: Decode, *, apart: bool) -> None:
         self._tokens, self._decode, self._apart = tokens, decode, apart
-        self._plans: OrderedDict[Recording, tuple[RowPlan | None, int]] = OrderedDict()  # and what it is worth
+        self._plans: WeakKeyDictionary[Recording, RowPlan] = WeakKeyDictionary()
+        self._worth: WeakKeyDictionary[Recording, int] = WeakKeyDictionary()
+        self._new: WeakSet[Recording] = WeakSet()
         self.planned = 0
+        self.compared = False
 
     def rows(self, recording: Recording, texts: Sequence[str], rendering: Rendering) -> list[Sample] | None:
         """The rows of a conversation, or None."""
-        plan, worth = self._plans.get(recording, _NOTHING)
+        plan = self._plans.get(recording)
         if plan is None:
             return None
-        made = plan.samples(recording, texts, rendering, self._tokens, self._decode)
-        self.planned += made is not None
-        self._plans[recording] = plan, min(worth + 1, MOST_WORTH) if made is not None else worth - 1
+        made, worth = plan.samples(recording, texts, rendering, self._tokens, self._decode), self._worth[recording]
+        self._worth[recording] = min(worth + 1, MOST_WORTH) if made is not None else worth - 1
+        if made is not None:
+            self.planned += 1
+            self.compared = recording in self._new or self.planned % SAMPLE == 0
+            self._new.discard(recording)
         return made
 
     def learn(
@@ -49,12 +54,18 @@ class RowPlans:
         rows: Sequence[Sample],
     ) -> None:
         """Make a plan of a conversation's rows, where there is none, or none that serves."""
-        plan, worth = self._plans.get(recording, _NOTHING)
-        if (plan is None and worth > -MOST_TRIES) or (plan is not None and worth < 0):
-            plan = row_plan(recording, texts, rendering, turns, rows, self._tokens, apart=self._apart)
-            self._plans[recording] = plan, FIRST_WORTH if plan is not None else worth - 1
-            if len(self._plans) > RECORDED:
-                self._plans.popitem(last=False)
+        worth, there = self._worth.get(recording, 0), recording in self._plans
+        if worth >= 0 if there else worth <= -MOST_TRIES:
+            return
+        plan = row_plan(recording, texts, rendering, turns, rows, self._tokens, apart=self._apart)
+        # What must hold for others must have held here, where luck may have decided too.
+        made = plan.samples(recording, texts, rendering, self._tokens, self._decode) if plan is not None else None
+        if plan is not None and made is not None and same_rows(made, rows):
+            self._plans[recording], self._worth[recording] = plan, FIRST_WORTH
+            self._new.add(recording)
+        else:
+            self._plans.pop(recording, None)
+            self._worth[recording] = worth - 1
 
 
 def same_rows(some: Sequence[Sample], others: Sequence[Sample]) -> bool:

@@ -98,7 +98,7 @@ class _Plan:
         base = self._turns[inside[-1]]
         text = base.prompt + base.target
         world = self._world(base.index + 1)
-        starts = [0, *accumulate(len(self._texts[i]) for i in world)]
+        starts = self._starts(world)
         cut, offset = self._place(world, starts, len(text))
         pieces, ends = world[:cut], starts[: cut + 1]
         tail = self._texts[world[cut]][:offset] if offset else ""
@@ -122,7 +122,8 @@ class _Plan:
                 self._decided(k, base, whole)
             by_text = k < base.index and not self._begins(self._world(k + 1), self._world(base.index, True))
             calls = bool(self._rendering.conversation.messages[k].tool_calls)
-            more = calls or (by_text and len(self._rendering.fields[k]) > 1)
+            more = calls or (by_text and (len(self._rendering.fields[k]) > 1 or not self._goes_on(
+                k + 1, pieces, ends, text, begins)))
             if own is None and (more or not self._is_plain(k, pieces, ends, text, begin)):
                 end = begins[k + 1]
                 fields = place_in(Seen(base.prompt), self._rendering, k, begin, end, text).fields
@@ -131,7 +132,10 @@ class _Plan:
                 places = self._place(world, starts, begin), self._place(world, starts, end)
                 shown.append((k, *places, tuple(self._within(ends, a, b) for a, b, _ in fields), by_text))
                 continue
-            for field, piece in self._fields(k, pieces, ends, text, begin):
+            fields_of_k = self._fields(k, pieces, ends, text, begin)
+            if own is not None:
+                self._only_constants(pieces, ends, [piece for _, piece in fields_of_k], own, calls)
+            for field, piece in fields_of_k:
                 found.append((piece, pieces[piece], self._place(world, starts, begin)))
                 (texts if own is None else trained).append((ends[piece], ends[piece] + len(field.text)))
                 if by_text:
@@ -160,6 +164,16 @@ class _Plan:
             tuple(found), tuple(ended),
             tuple((k, place, chars.index(last), reasons) for k, place, last, reasons in called), tuple(shown),
         )
+
+    def _only_constants(
+        self, pieces: Sequence[int], ends: Sequence[int], fields: Sequence[int], own: Turn, calls: bool
+    ) -> None:
+        """Raise if what stands between a turn's texts, or between the last one and its stop, is not the template's."""
+        stop = len(own.prompt) + len(own.target)
+        edges = [*fields, *([] if calls else [bisect_left(ends, stop)])]
+        inner = [i for a, b in pairwise(edges) for i in range(a + 1, min(b, len(pieces)))]
+        if any(pieces[i] >= self._recording.constants for i in inner):
+            raise _Unlike("a text of something else within a turn")
 
     def _within(self, ends: Sequence[int], a: int, b: int) -> tuple[Place, int]:
         """Where a field begins, in characters from the beginning of its piece, and the piece in which it ends."""
@@ -207,6 +221,13 @@ class _Plan:
             raise _Unlike("a call right behind reasoning, whose closing tag is told by where the call begins")
         return reasons
 
+    def _goes_on(
+        self, k: int, pieces: Sequence[int], ends: Sequence[int], text: str, begins: Sequence[int]
+    ) -> bool:
+        """Whether message `k` plainly follows: it is looked for where the one before is written otherwise."""
+        return self._rendering.conversation.messages[k].role == "assistant" or (
+            k < len(begins) and self._is_plain(k, pieces, ends, text, begins[k]))
+
     def _is_plain(self, k: int, pieces: Sequence[int], ends: Sequence[int], text: str, begin: int) -> bool:
         """Whether the text of message `k` is a piece of the row."""
         told = {key: set(found) for key, found in self._told.items()}
@@ -243,7 +264,7 @@ class _Plan:
     def _ended(self, k: int, field: Field, pieces: Sequence[int], piece: int, tail: str) -> tuple[int, str]:
         """What decides where a message ends that its own rendering ends in another way."""
         own, before = self._world(k + 1), self._rendering.prompt(k)
-        starts = [0, *accumulate(len(self._texts[i]) for i in own)]
+        starts = self._starts(own)
         at = "".join(self._texts[i] for i in own).find(field.text, len(before or ""))
         if at not in starts or self._texts[own[starts.index(at)]] != field.text:
             raise _Unlike("an answer that is not written as it stands")
@@ -303,10 +324,14 @@ class _Plan:
             raise _Unlike("a rendering that is refused")
         return found
 
+    def _starts(self, world: Sequence[int]) -> list[int]:
+        """Where the pieces of a rendering begin, and where the last one ends."""
+        return [0, *accumulate(len(self._texts[i]) for i in world)]
+
     def _own(self, turn: Turn) -> list[int | str]:
         """The pieces of a turn's prompt and target, the last of them cut."""
         world = self._world(turn.index + 1)
-        starts = [0, *accumulate(len(self._texts[i]) for i in world)]
+        starts = self._starts(world)
         cut, offset = self._place(world, starts, len(turn.prompt) + len(turn.target))
         return [*world[:cut], *([self._texts[world[cut]][:offset]] if offset else [])]
 

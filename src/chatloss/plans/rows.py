@@ -244,7 +244,7 @@ def _spans(starts: Sequence[int], values: Values) -> tuple[Span, ...] | None:
 
 
 def _shown(row: Row, rendering: Rendering, prompt: str, text: str, ends: Sequence[int]) -> list[int] | None:
-    """Where the fields of earlier messages with calls begin and end, which may be spelled in several ways."""
+    """Where the fields of earlier messages begin and end that are not written as they stand."""
     found: list[int] = []
     for k, (at, offset), (last, more), places, by_text in row.shown:
         begin, end, seen = ends[at] + offset, ends[last] + more, Seen(prompt)

@@ -37,8 +37,6 @@ class Program:
                 return f"    if {'not ' if function else ''}{value}: return None"
             return f"    if {value} != {self._value(function)}: return None"
         given = [self._value(one) for one in args]
-        if function is None:
-            return f"    v{slot} = ''.join(({''.join(f'{one}, ' for one in given)}))"
         if any(not name.isidentifier() or iskeyword(name) for name in kwargs or ()):
             raise Unplanned("a name that Python would read as something else")
         given += [f"{name}={self._value(one)}" for name, one in (kwargs or {}).items()]

@@ -13,7 +13,7 @@ from chatloss.meter import Exceeded, Meter
 
 __all__ = ["Pieces", "Recorder", "Step", "Symbol", "Unplanned", "told"]
 
-MOST_STEPS = 4000
+MOST = 4000  # steps of a recording, parts of a text
 _SCALARS = frozenset((str, int, float, bool, type(None)))
 
 
@@ -145,12 +145,19 @@ class Recorder:
                     flat[-1] += one
                 elif type(one) is Symbol or one:
                     flat.append(one)
+                    if len(flat) > MOST:
+                        raise Unplanned("too many parts of a text")
         if all(type(one) is str for one in flat):
             return "".join(flat)  # type: ignore[arg-type]
         if len(flat) == 1:
             return flat[0]
-        text = "".join([self.plain_value(one) for one in flat])
+        text = self.summed(*map(self.plain_value, flat))
         return Symbol(self, text, -1, True, flat, of_tools=_of_tools(flat))
+
+    def summed(self, *texts: str) -> str:
+        """The sum of texts, counted: in a recording, and in each replay."""
+        self.meter.at_most(sum(map(len, texts)))
+        return str(self.meter.spend("".join(texts)))
 
     def plain_value(self, value: Any) -> Any:
         """What `value` is in the conversation that is recorded."""
@@ -158,7 +165,7 @@ class Recorder:
             return value
         if value.slot < 0:
             value.slot = self._next()
-            self._add((value.slot, None, tuple(value.parts or ()), None))
+            self._add((value.slot, self.summed, tuple(value.parts or ()), None))
         return value.value
 
     def _next(self) -> int:
@@ -169,7 +176,7 @@ class Recorder:
 
     def _add(self, step: Step) -> None:
         self.steps.append(step)
-        if len(self.steps) > MOST_STEPS:
+        if len(self.steps) > MOST:
             raise Unplanned("too many steps")
 
     def _key(self, value: Any) -> Any:
@@ -177,7 +184,7 @@ class Recorder:
         if kind is Symbol:
             return Symbol, value.slot
         if kind in _SCALARS:
-            return kind, value
+            return kind, repr(value) if kind is float else value  # 0.0 is -0.0, and written in another way
         if _holds_symbols(value):
             raise Unplanned("a text inside of a value")
         if kind is list or kind is tuple:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,19 +25,23 @@ Rendered = list[str | Exception | None]
 LARGEST = 32  # messages: longer conversations hardly ever have the same shape
 OFTEN = 12  # conversations of a shape, for which recording one saves more time than it takes
 KNOWN, RECORDED, EACH = 4096, 256, 4  # shapes that are counted, those that are recorded, recordings of each
+KEPT = 200_000  # steps and pieces of all recordings together
 LONGEST_SHAPE, LONGEST_NAME, LONGEST_TEXT = 1024, 64, 2**16  # of what is kept for each
 _SCALARS = frozenset((str, int, bool, float, type(None)))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Recording:
     """How to render the worlds of a shape: for each the indices of its pieces among `texts` and what `program` gives.
 
-    Pieces from `constants` on are values of the program. A world that the template refuses has what it raises.
+    Pieces from `constants` on are values of the program. A world that the template refuses has what it raises. `size`:
+    its steps and pieces. `repeats`: how often a value of the program is written in a world, at most.
     """
 
     program: Program
     texts: tuple[str, ...]
+    size: int
+    repeats: int
     worlds: Mapping[tuple[int, bool], tuple[int, ...] | Exception]
 
     @property
@@ -66,7 +70,7 @@ class Shapes:
             raise Unsupported(str(error)) from None
         self._constants = constants
         self.fresh = False
-        self._seen: OrderedDict[Any, int] = OrderedDict()
+        self._seen: OrderedDict[int, int] = OrderedDict()  # by hash: shapes may be long
         self._shapes: OrderedDict[Any, list[Recording]] = OrderedDict()
 
     def render(
@@ -129,7 +133,9 @@ class Shapes:
             values = shape.program.run(leaves)
         except Exception:  # whatever it is, the template itself will say it in its own words
             return None
-        return None if values is None else shape.texts + values
+        if values is None or sum(map(len, values)) * shape.repeats > self._sandbox.meter.bounds.output // 2:
+            return None  # the template may write more than it is let
+        return shape.texts + values
 
     def _swapped(
         self, shape: Recording, key: Any, messages: Sequence[Message], swap: tuple[int, Message],
@@ -142,8 +148,8 @@ class Shapes:
 
     def _often(self, key: Any) -> bool:
         """Whether a recording is worth its time, after so many conversations that had to do without."""
-        seen = self._seen.pop(key, 0) + 1
-        self._seen[key] = seen % OFTEN
+        seen = self._seen.pop(hash(key), 0) + 1
+        self._seen[hash(key)] = seen % OFTEN
         if len(self._seen) > KNOWN:
             self._seen.popitem(last=False)
         return seen == OFTEN
@@ -152,8 +158,8 @@ class Shapes:
         recordings = self._shapes.pop(key, [])
         self._shapes[key] = [shape, *recordings[: EACH - 1]] if shape is not None else recordings
         if shape is None:
-            self._seen[key] = -OFTEN * OFTEN  # it may be another part of the template next time
-        if len(self._shapes) > RECORDED:
+            self._seen[hash(key)] = -OFTEN * OFTEN  # it may be another part of the template next time
+        while len(self._shapes) > RECORDED or sum(one.size for each in self._shapes.values() for one in each) > KEPT:
             self._shapes.popitem(last=False)
 
     def _record(
@@ -196,13 +202,16 @@ class Shapes:
             pieces = [one for parts in written.values() if isinstance(parts, list) for one in parts]
             symbols = {one.slot: one for one in pieces if type(one) is Symbol}
             program = Program(recorder, leaves, [*symbols.values()])
+            size = len(recorder.steps) + len(pieces)
+            repeats = max((n for parts in written.values() if isinstance(parts, list)
+                           for n in Counter(one.slot for one in parts if type(one) is Symbol).values()), default=0)
         except (Unplanned, RecursionError, MemoryError):
             return None
         finally:
             recorder.end()
         texts = {one: i for i, one in enumerate(dict.fromkeys(one for one in pieces if type(one) is str))}
         places = {slot: len(texts) + i for i, slot in enumerate(symbols)}
-        return Recording(program, tuple(texts), {
+        return Recording(program, tuple(texts), size, repeats, {
             world: parts if isinstance(parts, Exception)
             else tuple(places[one.slot] if type(one) is Symbol else texts[one] for one in parts)
             for world, parts in written.items()
@@ -239,7 +248,7 @@ def _shape_of(
     for key, value in variables.items():
         if type(value) not in _SCALARS:
             return None, leaves
-        shape += key, type(value), value
+        shape += key, type(value), repr(value) if type(value) is float else value  # 0.0 == -0.0
     if len(shape) > LONGEST_SHAPE or any(type(one) is str and len(one) > LONGEST_NAME for one in shape):
         return None, leaves  # keys and roles are a stranger's, and shapes are kept
     return tuple(shape), leaves

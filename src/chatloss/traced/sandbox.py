@@ -105,10 +105,9 @@ class TracedSandbox(Sandbox):
 
     def added(self, context: Context, *parts: Any) -> Any:
         """The sum of `parts` from left to right."""
-        if [*map(type, parts)].count(str) == len(parts):
-            text = "".join(parts)
-            if len(text) < SHORT:  # short sums are not counted, one by one or at once
-                return text
+        # Short sums are not counted, one by one or at once.
+        if [*map(type, parts)].count(str) == len(parts) and sum(map(len, parts)) < SHORT:
+            return "".join(parts)
         total = parts[0]
         for part in parts[1:]:
             total = self.call_binop(context, "+", total, part)
@@ -191,7 +190,8 @@ class TracedSandbox(Sandbox):
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if type(left) is int and type(right) is int and operator in "+-" and -_SMALL < left < _SMALL:
+        small = type(left) is int and type(right) is int and -_SMALL < left < _SMALL and -_SMALL < right < _SMALL
+        if small and operator in "+-":
             return left + right if operator == "+" else left - right
         if type(left) is Varied or type(right) is Varied:
             if operator in "+-" and _whole(left) and _whole(right):
