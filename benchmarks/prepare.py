@@ -45,7 +45,7 @@ STAGES = {
     "read": "shards reader streams tables formats chat values",
     "render": "template sandbox meter traced shapes",
     "ids": "tokens fast_tokens cuts",
-    "rows": "reference fields places rows paint straight plans window encode sample pipeline policy typed",
+    "rows": "reference fields places rows paint straight plans window encoding encode sample pipeline policy typed",
     "write": "columns dataset manifest folders prepare",
 }
 MODULES = {f"chatloss.{name}": stage for stage, names in STAGES.items() for name in names.split()}
@@ -222,8 +222,8 @@ def differences(pair: str, data: str) -> dict[str, int]:
     fast, plain = job_of(pair, "fast").encoder(), job_of(pair, "reference").encoder()
     plain = replace(plain, template=replace(plain.template, trace=False))
     found: Counter[str] = Counter()
-    for chat in conversations(copies(data, COPIES_TO_COMPARE[data])):
-        one, other = fast.examine(chat, turns=False), plain.examine(chat)
+    for chat, one in fast.examine_each(conversations(copies(data, COPIES_TO_COMPARE[data]))):
+        other = plain.examine(chat)
         found.update(chats=1, rows=len(one.rows), tokens=sum(map(len, one.rows)), differing=not same(one, other))
     assert fast._plans is not None
     return {**found, "planned": fast._plans.planned}

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chatloss import encode
 from chatloss.chat import Conversation
 from chatloss.encode import ChatEncoder
+from chatloss.encoding import Encoding
 from chatloss.errors import ChatlossError
 from chatloss.fast_tokens import loaded_with
 from chatloss.load import load_tokenizer
-from chatloss.plans import plans
+from chatloss.plans import each, plans
 from chatloss.plans import rows as shape_rows
 from chatloss.plans.plans import same_rows
 from chatloss.policy import Policy
@@ -46,10 +46,18 @@ def encoder(family: str, **policy: Any) -> ChatEncoder:
     return ChatEncoder.load(loaded, template, Policy(**policy), clock=lambda: conformance.CLOCK)
 
 
+def examined(made: ChatEncoder, conversation: Conversation) -> Encoding:
+    """What is made of it among others."""
+    ((_, found),) = made.examine_each([conversation])
+    if isinstance(found, ChatlossError):
+        raise found
+    return found
+
+
 def planned(made: ChatEncoder, messages: list[dict[str, Any]], tools: Any = None) -> int:
     """How many conversations had their rows from a plan so far; raises where this one's differ."""
     conversation = Conversation.from_messages(messages, tools, None, "chats.jsonl:1")
-    one, other = made.examine(conversation, turns=False), made.examine(conversation)
+    one, other = examined(made, conversation), made.examine(conversation)
     assert same_rows(one.rows, other.rows), [
         [pair for pair in zip(a.spans, b.spans, strict=False) if pair[0] != pair[1]]
         for a, b in zip(one.rows, other.rows, strict=False)
@@ -159,10 +167,10 @@ def test_a_difference_is_an_error_and_not_a_row(monkeypatch: pytest.MonkeyPatch)
     for _ in range(4):
         planned(made, reworded(messages, 0.0, chance))
     monkeypatch.setattr(plans, "SAMPLE", 2)
-    monkeypatch.setattr(encode, "same_rows", lambda *_: False)
+    monkeypatch.setattr(each, "same_rows", lambda *_: False)
     with pytest.raises(ChatlossError, match="rows by shape differ"):
         for _ in range(2):
-            made.examine(Conversation.from_messages(reworded(messages, 0.0, chance)), turns=False)
+            examined(made, Conversation.from_messages(reworded(messages, 0.0, chance)))
 
 
 def test_a_plan_is_not_made_of_a_lucky_chat() -> None:
@@ -179,10 +187,10 @@ def test_a_plan_is_not_made_of_a_lucky_chat() -> None:
 
 def test_the_first_rows_of_a_plan_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     made, chance = ChatEncoder.load(encoder("qwen2.5").loaded), random.Random(1)
-    monkeypatch.setattr(encode, "same_rows", lambda *_: False)
+    monkeypatch.setattr(each, "same_rows", lambda *_: False)
     with pytest.raises(ChatlossError, match="rows by shape differ"):
         for _ in range(4):
-            made.examine(Conversation.from_messages(reworded(SHAPES["plain"][0], 0.0, chance)), turns=False)
+            examined(made, Conversation.from_messages(reworded(SHAPES["plain"][0], 0.0, chance)))
     assert made._plans is not None and made._plans.planned == 1
 
 
@@ -200,5 +208,5 @@ def test_plans_end_with_their_recordings() -> None:
 def test_no_trace_no_plans() -> None:
     made = ChatEncoder.load(encoder("qwen3").loaded, trace=False)
     for _ in range(3):
-        made.examine(Conversation.from_messages(SHAPES["plain"][0]), turns=False)
+        examined(made, Conversation.from_messages(SHAPES["plain"][0]))
     assert made._plans is None or not made._plans.planned

@@ -30,8 +30,8 @@ def hard_cuts(tokenizer: Any, added: Mapping[int, Any]) -> dict[int, str]:
                 return {}
     late = {token.content for token in added.values() if token.normalized}
     early = {token.content for token in added.values()} - late
-    if not _steps_of(tokenizer, "normalizer") and len(late) * len(early) <= _MOST and not overlaps(early, late):
-        early |= late
+    if not _steps_of(tokenizer, "normalizer") and len(late) * len(early) <= _MOST:
+        early |= {text for text, found in _overlaps(early, late).items() if not found}
     return {i: token.content for i, token in added.items() if token.content in early and i < _LARGEST_CUT}
 
 
@@ -45,21 +45,25 @@ def overlaps(early: Collection[str], late: Collection[str]) -> list[str]:
 
     The former has the right of way, wherever it begins. Where there are none, all are matched from left to right.
     """
-    if not late:
-        return []
+    return sorted(set().union(*_overlaps(early, late).values()))
+
+
+def _overlaps(early: Collection[str], late: Collection[str]) -> dict[str, set[str]]:
+    """The same for each that is matched late."""
     heads: dict[str, list[str]] = {}
     tails: dict[str, list[str]] = {}
-    for text in early:
+    for text in early if late else ():
         for n in range(1, len(text)):
             heads.setdefault(text[:n], []).append(text)
             tails.setdefault(text[n:], []).append(text)
-    found = {text for text in late if any(other in text for other in early)}
-    found |= {other for text in late for other in early if text in other}
+    made: dict[str, set[str]] = {}
     for text in late:
+        found = made[text] = {text} if any(other in text for other in early) else set()
+        found |= {other for other in early if text in other}
         for n in range(1, len(text)):
             found |= {text[:n] + other for other in heads.get(text[n:], ())}
             found |= {other + text[n:] for other in tails.get(text[:n], ())}
-    return sorted(found)
+    return made
 
 
 def steps(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:

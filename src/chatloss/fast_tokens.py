@@ -106,10 +106,10 @@ class FlatTokens(FastTokens):
             return super()._alone(text)
         return found[0]
 
-    def _one_by_one(self, texts: Sequence[str]) -> tuple[Encoded, list[int]]:
+    def encode_each(self, texts: Sequence[str]) -> tuple[Encoded, list[int]]:
         found = self._flat(texts)
         if found is None:
-            return super()._one_by_one(texts)
+            return super().encode_each(texts)
         self._encoded += sum(map(len, texts))
         if self._encoded > self._next_sample:
             tails, (*_, first, last) = found
@@ -121,7 +121,7 @@ class FlatTokens(FastTokens):
         return found
 
     def _flat(self, texts: Sequence[str]) -> tuple[Encoded, list[int]] | None:
-        """As `_one_by_one`, with offsets from the sizes of tokens; None where these do not add up to the texts'."""
+        """As `encode_each`, with offsets from the sizes of tokens; None where these do not add up to the texts'."""
         text = "".join(texts)
         if not text:
             return NOTHING, [0] * (len(texts) + 1)

@@ -239,6 +239,8 @@ def _leaves(value: Any) -> Iterator[Any]:
 def spellings(leaf: Any) -> tuple[str, ...]:
     """A leaf argument as templates write it: raw, JSON-escaped with and without ASCII only, or a Python literal."""
     if isinstance(leaf, str):
+        if leaf.isascii() and leaf.isprintable() and '"' not in leaf and "\\" not in leaf:
+            return (leaf,) if leaf == (bare := leaf.strip()) else (leaf, bare)  # all others are the same
         escaped, ascii_only = json.dumps(leaf, ensure_ascii=False)[1:-1], json.dumps(leaf)[1:-1]
         # Double encoding: the arguments are a JSON string inside JSON.
         twice = (json.dumps(escaped, ensure_ascii=False)[1:-1], json.dumps(ascii_only)[1:-1])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from itertools import groupby
+from operator import attrgetter
+from typing import TypeVar, cast
 
 from chatloss.chat import Conversation, Label, Preference, Text
 from chatloss.encode import ChatEncoder, Encoding
@@ -16,6 +18,7 @@ from chatloss.reader import Reader
 
 __all__ = ["Encoded", "answers", "conversations_of", "encodings", "examples", "pairs", "records"]
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -62,9 +65,19 @@ def encodings(
 
 def records(
     reader: Reader, encoder: ChatEncoder, *, markers: Markers | None = None, strict: bool = False,
-    supervised: bool = False,
+    supervised: bool = False, ahead: bool = False,
 ) -> Iterator[list[Encoded]]:
-    """The same, record by record: both answers of a preference pair together, everything else alone."""
+    """The same, record by record: both answers of a preference pair together, everything else alone.
+
+    `ahead`: rows may be read before those ahead of them are encoded, which is faster. What is rejected when it is read
+    then joins the rejects before them, and the reader decides without the last of them.
+    """
+
+    def judged(row: Row, record: list[Encoded]) -> list[list[Encoded]]:
+        fatal = next((p.error(e.source or row.source) for e in record for p in e.encoding.problems if p.fatal), None)
+        if strict and fatal is not None:
+            raise fatal
+        return [record]
 
     def made(row: Row) -> list[list[Encoded]]:
         if supervised and isinstance(row, Preference | Label):
@@ -72,13 +85,23 @@ def records(
                 "a preference row has no place in supervised training", where=row.source,
                 hint="keep the chosen answers only, as messages", kind="preference",
             )
-        record = _encode(row, encoder, markers)
-        fatal = next((p.error(e.source or row.source) for e in record for p in e.encoding.problems if p.fatal), None)
-        if strict and fatal is not None:
-            raise fatal
-        return [record]
+        return judged(row, _encode(row, encoder, markers))
 
-    return _of_each(reader, made)
+    def chat(found: tuple[Conversation, Encoding | ChatlossError]) -> list[list[Encoded]]:
+        row, encoding = found
+        if isinstance(encoding, ChatlossError):
+            raise encoding
+        return judged(row, [Encoded(row, encoding)])
+
+    if not ahead:
+        yield from _of_each(reader, reader, made)
+        return
+    for chats, rows in groupby(reader, lambda row: isinstance(row, Conversation)):
+        if chats:
+            found = encoder.examine_each(cast("Iterator[Conversation]", rows))
+            yield from _of_each(reader, found, chat, lambda one: one[0].source)
+        else:
+            yield from _of_each(reader, rows, made)
 
 
 def examples(reader: Reader, encoder: ChatEncoder, *, markers: Markers | None = None) -> Iterator[Encoded]:
@@ -100,7 +123,7 @@ def pairs(reader: Reader, encoder: ChatEncoder) -> Iterator[Pair]:
         pair = pair_of(encoder, row)
         return [] if pair is None else [pair]
 
-    return _of_each(reader, made)
+    return _of_each(reader, reader, made)
 
 
 def answers(reader: Reader, encoder: ChatEncoder) -> Iterator[Answer]:
@@ -114,16 +137,20 @@ def answers(reader: Reader, encoder: ChatEncoder) -> Iterator[Answer]:
             )
         return answers_of(encoder, row)
 
-    return _of_each(reader, made)
+    return _of_each(reader, reader, made)
 
 
-def _of_each(reader: Reader, made: Callable[[Row], list[T]]) -> Iterator[T]:
-    """All that is made of each row; a row of which it raises joins the rejects."""
-    for row in reader:
+def _of_each(
+    reader: Reader, given: Iterable[S], made: Callable[[S], list[T]], source: Callable[[S], str] = attrgetter("source")
+) -> Iterator[T]:
+    """All that is made of each; one of which it raises joins the rejects, unless the fault is not the data's."""
+    for one in given:
         try:
-            found = made(row)
+            found = made(one)
         except ChatlossError as error:
-            reader.reject(row.source, error)
+            if error.kind == "trace":
+                raise
+            reader.reject(source(one), error)
         else:
             yield from found
 
@@ -142,4 +169,4 @@ def _encode(row: Row, encoder: ChatEncoder, markers: Markers | None) -> list[Enc
         return [Encoded(*side) for side in both]
     if isinstance(row, Label):
         return [Encoded(judged(row), examine_judged(encoder, row), "desirable" if row.desirable else "undesirable")]
-    return [Encoded(row, encoder.examine(row, turns=False))]
+    return [Encoded(row, encoder.examine(row))]

@@ -127,7 +127,7 @@ def run_shard(job: Job, encoder: ChatEncoder, shard: Shard, folder: Folder) -> C
     with folder.new(file) as path:
         with ShardWriter(path, job.export) as writer:
             labels = job.export == "labels"
-            for record in records(reader, encoder, markers=job.markers, strict=True, supervised=labels):
+            for record in records(reader, encoder, markers=job.markers, strict=True, supervised=labels, ahead=True):
                 if labels and (problem := _beyond_labels(record)) is not None:
                     reader.reject(problem.where, problem)
                     continue
@@ -139,7 +139,7 @@ def run_shard(job: Job, encoder: ChatEncoder, shard: Shard, folder: Folder) -> C
                 "bytes": path.stat().st_size, "sha256": file_sha256(path)}
     counts.merge(writer.counts)
     counts.records, counts.rejected = reader.n_rows, reader.reject_counts
-    rejects = [asdict(reject) for reject in reader.rejects]
+    rejects = [asdict(one) for one in sorted(reader.rejects, key=lambda one: int(one.source.rpartition(":")[2]))]
     fast = isinstance(encoder.tokens, FlatTokens)
     marker = {"shard": done, "of": shard.digest, "counts": counts.to_dict(), "rejects": rejects, "fast": fast}
     write_json(folder, _marker(shard.index), marker)

@@ -108,6 +108,18 @@ def engine_message(message: Message, content: str, arguments: str, reasoning: st
     return out
 
 
+class _Fields(dict[int, list[Field]]):
+    """The fields of messages, found when they are asked for."""
+
+    def __init__(self, messages: Sequence[Message]) -> None:
+        super().__init__()
+        self._messages = messages
+
+    def __missing__(self, index: int) -> list[Field]:
+        found = self[index] = fields_of(self._messages[index])
+        return found
+
+
 class Rendering:
     """One conversation under one template: its prompts and own renderings, each rendered once.
 
@@ -127,6 +139,7 @@ class Rendering:
         self.kwargs = {**(template_kwargs or {}), **conversation.template_kwargs}
         self.refused: dict[tuple[int, bool], str] = {}
         self._texts: dict[tuple[int, bool], str | None] = {}
+        self._known: Callable[[int, bool], str | None] | None = None
         self._alike: dict[tuple[int, bool], int] = {}
         self._swapped: list[tuple[int, Message, str | None]] = []
         self._places: dict[tuple[int, int, bool, str, str], tuple[int, int] | Missing | None] = {}
@@ -139,15 +152,16 @@ class Rendering:
     def text(self, count: int, prompt: bool = False) -> str | None:
         """The first `count` messages rendered, with or without the generation prompt; None where refused."""
         key = (count, prompt)
-        if not self._texts:
+        if not self._texts and self._known is None:
             self._in_one_pass()
         if key not in self._texts:
-            self._texts[key] = self._render(self.messages[:count], prompt, key)
+            known = self._known(count, prompt) if self._known else None
+            self._texts[key] = self._render(self.messages[:count], prompt, key) if known is None else known
         return self._texts[key]
 
-    def give(self, texts: Mapping[tuple[int, bool], str]) -> None:
-        """Take over renderings that are known: (number of messages, with generation prompt) -> text."""
-        self._texts.update(texts)
+    def give(self, known: Callable[[int, bool], str | None]) -> None:
+        """Take renderings of a number of messages, with generation prompt or not, from `known` where it has them."""
+        self._known = known
 
     def alike(self, one: tuple[int, bool], other: tuple[int, bool]) -> int:
         """How many characters two renderings are known to have in common at their beginning."""
@@ -211,9 +225,9 @@ class Rendering:
         return self.text(index, self.conversation.messages[index].role == "assistant")
 
     @cached_property
-    def fields(self) -> list[list[Field]]:
-        """The fields of every message."""
-        return [fields_of(message) for message in self.conversation.messages]
+    def fields(self) -> Mapping[int, list[Field]]:
+        """The fields of every message, by its index."""
+        return _Fields(self.conversation.messages)
 
     def once(self, make: Callable[[Rendering], T]) -> T:
         """What `make` makes of this rendering, made once: what the rows of a conversation have in common."""

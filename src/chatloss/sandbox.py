@@ -7,7 +7,6 @@ it is no substitute for running a template you distrust in a process of its own.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import datetime
@@ -26,6 +25,7 @@ from jinja2.visitor import NodeTransformer
 from markupsafe import EscapeFormatter, Markup
 
 from chatloss.meter import Bounds, Exceeded, Meter
+from chatloss.tojson import tojson
 
 __all__ = ["Bounds", "Exceeded", "SafeNamespace", "Sandbox"]
 
@@ -200,7 +200,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], finalize=self._finalize
         )
-        self.filters["tojson"] = _tojson
+        self.filters["tojson"] = tojson
         self.filters = {name: self._bounded(name, function, self._before) for name, function in self.filters.items()}
         tests: dict[str, Any] = dict(self.tests)
         for name in _NUMERIC_TESTS | _READING_TESTS:
@@ -386,13 +386,6 @@ def _few(counts: Any) -> Any:
     if any(isinstance(count, int) and count > 100 for count in values):
         raise Exceeded("the template asks for more than 100 words or paragraphs")
     return counts
-
-
-def _tojson(
-    x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    # Not jinja's own filter: that one escapes HTML, which no model has seen.
-    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: Any) -> None:

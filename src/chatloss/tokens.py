@@ -180,6 +180,16 @@ class FastTokens:
         """What added tokens begin with: an open end of a text may go on to be one of them."""
         return frozenset(text[:size] for text in self.added for size in range(1, len(text)))
 
+    def last_cut(self, text: str, encoded: Encoded, limit: int) -> tuple[int, int, int] | None:
+        """Where the last hard cut up to character `limit` begins and ends, and its id."""
+        starts, ends, counts = self._cut_places(text, encoded)
+        i = bisect_right(ends, limit) - 1
+        return (starts[i], ends[i], int(encoded.ids[counts[i] - 1])) if i >= 0 else None
+
+    def may_go_on(self, text: str) -> bool:
+        """Whether a text that ends with this one may end within an added token that began before it."""
+        return any(head.endswith(text) for head in self._heads)
+
     def _boundary(self, joint: Encoded, n: int, rest: Encoded, length: int) -> int | None:
         """How many ids of `joint` are those of its first `length` characters, which end in `n` ids and `rest`."""
         assert joint.starts is not None and joint.ends is not None
@@ -213,7 +223,7 @@ class FastTokens:
                 texts.append(prompt[at:end] + target)
         if not texts:
             return made, NOTHING
-        tails, firsts = self._one_by_one(texts)
+        tails, firsts = self.encode_each(texts)
         own, parts, begin = tails.ids.tobytes(), zip(texts, pairwise(firsts), strict=True), 0
         for k, (context, size, n, at, *_) in enumerate(made):
             if not size:
@@ -225,7 +235,7 @@ class FastTokens:
                 begin += len(text)
         return made, tails
 
-    def _one_by_one(self, texts: Sequence[str]) -> tuple[Encoded, list[int]]:
+    def encode_each(self, texts: Sequence[str]) -> tuple[Encoded, list[int]]:
         """The tokens of texts that are encoded alone, placed as in all of them joined; where those of each begin."""
         made = [self._alone(text) for text in texts]
         begins = [0, *accumulate(len(text) for text in texts)]

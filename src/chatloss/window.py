@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from chatloss.encoding import Problem
 from chatloss.reference import Rendering, Turn
 from chatloss.rows import TurnIds, turn_ids
 from chatloss.sample import Sample, Span
 
 if TYPE_CHECKING:
-    from chatloss.encode import ChatEncoder, Problem
+    from chatloss.encode import ChatEncoder
 
 __all__ = ["fit"]
 
@@ -57,8 +58,6 @@ def _left_out(turns: Sequence[int], rows: Sequence[Sample]) -> list[int]:
 
 
 def _problem(index: int, length: int, limit: int, remedy: str, fatal: bool) -> Problem:
-    from chatloss.encode import Problem
-
     return Problem("too_long", index, f"the row has {length} tokens, and max_length is {limit}", remedy, fatal)
 
 

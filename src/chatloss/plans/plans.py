@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 
+from chatloss.plans.placed import Draft, Placed, placed
 from chatloss.plans.reading import row_plan
 from chatloss.plans.rows import RowPlan
 from chatloss.reference import Rendering, Turn
@@ -14,18 +16,28 @@ from chatloss.sample import Decode, Sample
 from chatloss.shapes.shapes import Recording
 from chatloss.tokens import FastTokens
 
-__all__ = ["RowPlans", "same_rows"]
+__all__ = ["Planned", "RowPlans", "same_rows"]
 
 # A plan that has failed more often than served is made anew; a shape that gives none is tried so often.
 FIRST_WORTH, MOST_WORTH, MOST_TRIES = 8, 32, 16
 SAMPLE = 256  # of so many conversations with rows by plan, one is to be compared
 
 
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A conversation of which a plan has said what is to be encoded."""
+
+    recording: Recording
+    texts: Sequence[str]
+    plan: RowPlan
+    rendering: Rendering
+    drafts: list[Draft]
+
+
 class RowPlans:
     """The plans of an encoder, for the recordings of its template. `planned` counts conversations whose rows they gave.
 
-    `compared`: whether the rows that were given last are to be compared with those made as ever: the first of each
-    plan, and one in `SAMPLE`. `apart`: every turn has a row of its own by the policy.
+    `apart`: every turn has a row of its own by the policy.
     """
 
     def __init__(self, tokens: FastTokens, decode: Decode, *, apart: bool) -> None:
@@ -34,20 +46,39 @@ class RowPlans:
         self._worth: WeakKeyDictionary[Recording, int] = WeakKeyDictionary()
         self._new: WeakSet[Recording] = WeakSet()
         self.planned = 0
-        self.compared = False
 
-    def rows(self, recording: Recording, texts: Sequence[str], rendering: Rendering) -> list[Sample] | None:
-        """The rows of a conversation, or None."""
+    def begun(self, recording: Recording, texts: Sequence[str], rendering: Rendering) -> Planned | None:
+        """What is to be encoded of a conversation; None where its rows cannot be planned."""
         plan = self._plans.get(recording)
         if plan is None:
             return None
-        made, worth = plan.samples(recording, texts, rendering, self._tokens, self._decode), self._worth[recording]
-        self._worth[recording] = min(worth + 1, MOST_WORTH) if made is not None else worth - 1
-        if made is not None:
-            self.planned += 1
-            self.compared = recording in self._new or self.planned % SAMPLE == 0
-            self._new.discard(recording)
-        return made
+        drafts = plan.drafts(recording, texts, rendering)
+        if drafts is None:
+            self._worth[recording] -= 1
+            return None
+        return Planned(recording, texts, plan, rendering, drafts)
+
+    def rows(self, begun: Sequence[Planned]) -> list[tuple[list[Sample], bool] | None]:
+        """The rows of conversations, all encoded at once, or None; and whether they are to be compared with those made
+        as ever: the first of each plan, and one in `SAMPLE`.
+        """
+        found = placed([draft for one in begun for draft in one.drafts], self._tokens)
+        at, all_rows = 0, []
+        for one in begun:
+            rows = one.plan.samples(found[at : at + len(one.drafts)], one.rendering, self._decode)
+            all_rows.append(None if rows is None else (rows, self._served(one.recording)))
+            if rows is None and one.recording in self._worth:
+                self._worth[one.recording] -= 1
+            at += len(one.drafts)
+        return all_rows
+
+    def _served(self, recording: Recording) -> bool:
+        self.planned += 1
+        compared = recording in self._new or self.planned % SAMPLE == 0
+        self._new.discard(recording)
+        if recording in self._worth:
+            self._worth[recording] = min(self._worth[recording] + 1, MOST_WORTH)
+        return compared
 
     def learn(
         self, recording: Recording, texts: Sequence[str], rendering: Rendering, turns: Sequence[Turn],
@@ -59,13 +90,19 @@ class RowPlans:
             return
         plan = row_plan(recording, texts, rendering, turns, rows, self._tokens, apart=self._apart)
         # What must hold for others must have held here, where luck may have decided too.
-        made = plan.samples(recording, texts, rendering, self._tokens, self._decode) if plan is not None else None
-        if plan is not None and made is not None and same_rows(made, rows):
+        if plan is not None and same_rows(self._by(plan, recording, texts, rendering) or (), rows):
             self._plans[recording], self._worth[recording] = plan, FIRST_WORTH
             self._new.add(recording)
         else:
             self._plans.pop(recording, None)
             self._worth[recording] = worth - 1
+
+    def _by(
+        self, plan: RowPlan, recording: Recording, texts: Sequence[str], rendering: Rendering
+    ) -> list[Sample] | None:
+        drafts = plan.drafts(recording, texts, rendering)
+        found: list[Placed | None] = placed(drafts or (), self._tokens)
+        return plan.samples(found, rendering, self._decode) if drafts else None
 
 
 def same_rows(some: Sequence[Sample], others: Sequence[Sample]) -> bool:

@@ -2,26 +2,26 @@
 
 A plan says of which pieces the rows are and where in them spans begin, and what must be found where: what the template
 wrote decided all else when the plan was read off the rows of one conversation (`reading`). Rows of others are then the
-plan's pieces, encoded. Where anything is found elsewhere, or a token reaches across a place at which that matters,
-there is no row, and the conversation goes the usual way.
+plan's pieces, encoded (`placed`). Where anything is found elsewhere, or a token reaches across a place at which that
+matters, there is no row, and the conversation goes the usual way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
-from operator import lt
 
 import numpy as np
 
 from chatloss.fields import SHORT, Missing, locate
 from chatloss.places import Seen, end_in, place_in
+from chatloss.plans.placed import Cut, Draft, Layout, Placed
 from chatloss.reference import Rendering
 from chatloss.sample import Decode, Reason, Sample, Span
 from chatloss.shapes.shapes import Recording
-from chatloss.tokens import Encoded, FastTokens, Ids
+from chatloss.tokens import Ids
 
 __all__ = ["Aside", "Place", "Row", "RowPlan", "Values", "alike"]
 
@@ -33,17 +33,16 @@ Values = tuple[tuple[int, ...], tuple[float, ...], tuple[Reason, ...]]
 _span = partial(tuple.__new__, Span)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Row:
-    """One row: its `pieces`, then `tail`; from each of `places` on, the last of which is its end, one of `values`.
+    """One row: its `pieces`, then `tail`; from each of the first of `places` on, up to the next, one of `values`.
 
-    `loose`: the indices of places that a token may reach across, and whether it then belongs to what begins there.
-    `context` is the index of the place where the last turn begins, `others` are those where the earlier turns of the
-    row begin and end. `found`: (piece, its text, where one begins to look for it): it must be found there. `ended`:
-    (text, what follows it where it is the last answer), whose end must not be found again in that. `called`: (turn with
-    calls, where it begins, the index of the place where it ends, the reasons of its fields). `shown`: (earlier message
-    that is not written as it stands, where it begins and ends, where each of its fields begins and the piece that it
-    ends in, whether the message's end is found by its text).
+    Behind those are the places of `cuts`: what must stand where a turn of the row begins or ends. `loose` is as in
+    `Layout`. `context` is the number of the place where the last turn begins. `found`: (piece, its text, where one
+    begins to look for it): it must be found there. `ended`: (text, what follows it where it is the last answer), whose
+    end must not be found again in that. `called`: (turn with calls, where it begins, the number of the place where it
+    ends, the reasons of its fields). `shown`: (earlier message that is not written as it stands, where it begins and
+    ends, where each of its fields begins and the piece that it ends in, whether its end is found by its text).
     """
 
     pieces: tuple[int, ...]
@@ -51,23 +50,32 @@ class Row:
     places: tuple[Place, ...]
     values: Values
     loose: Mapping[int, bool]
+    cuts: tuple[Cut, ...]
     context: int
-    others: tuple[tuple[int, int], ...]
     found: tuple[tuple[int, int, Place], ...]
     ended: tuple[tuple[int, str], ...]
     called: tuple[tuple[int, Place, int, tuple[Reason, ...]], ...]
     shown: tuple[tuple[int, Place, Place, tuple[tuple[Place, int], ...], bool], ...]
+    layout: Layout = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.layout = Layout(len(self.values[0]), len(self.places), self.loose, self.cuts)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Aside:
-    """A row of one turn, which up to `begin`, where the turn begins, is the longest row, with the same `shared` places.
+    """A row of one turn, which is the longest row up to a cut not far before the turn.
 
-    What the turn has of its own is in its `pieces`, the first of which begins before it, and `tail`; `places`,
-    `values`, `loose`, `found` and `called` are as in `Row`, of these alone.
+    Of the turn's own text, which begins in the first of its `pieces` behind `skipped` characters and ends with `tail`,
+    are the first of `places`; before it stands `head`, which is all from the cut on. `cut` is the number of the longest
+    row's place where that cut ends, `shared` how many of its places are before the turn. `values`, `loose`, `found`
+    and `called` are as in `Row`, of the turn alone.
     """
 
-    begin: Place
+    head: str
+    rest: Ids
+    skipped: int
+    cut: int
     shared: int
     pieces: tuple[int, ...]
     tail: str
@@ -76,12 +84,20 @@ class Aside:
     loose: Mapping[int, bool]
     found: tuple[tuple[int, int], ...]
     called: tuple[int, int, tuple[Reason, ...]] | None
+    layout: Layout = field(init=False)
+
+    def __post_init__(self) -> None:
+        count = len(self.places)
+        self.places = (*self.places, (0, self.skipped - len(self.head)))
+        cut = Cut(count, count, 0, -1, self.rest)
+        self.layout = Layout(count - 1, count + 1, self.loose, [cut], zero=count)
 
 
 @dataclass(slots=True)
 class RowPlan:
     """The rows of a shape: the longest, those beside it, and others; `order` is theirs in the conversation.
 
+    `longer`: (a row, another), of which the first must be longer, because it has turns that may share the other.
     `told`: (message, whether it is its reasoning, the pieces that must be that; none where there must be none).
     `unlike`: (piece, text), neither of which may begin the other.
     """
@@ -90,35 +106,62 @@ class RowPlan:
     asides: tuple[Aside, ...]
     rest: tuple[Row, ...]
     order: tuple[int, ...]
+    longer: tuple[tuple[int, int], ...]
     told: tuple[tuple[int, bool, tuple[int, ...]], ...]
     unlike: tuple[tuple[int, str], ...]
     outcomes: Mapping[int, str]
     untrained: Mapping[int, str]
 
-    def samples(
-        self, recording: Recording, texts: Sequence[str], rendering: Rendering, tokens: FastTokens, decode: Decode
-    ) -> list[Sample] | None:
-        """The rows of a conversation, whose recording gave `texts`; None where they may be others."""
-        conversation = rendering.conversation
-        messages = conversation.messages
-        if any(m.train is not None or m.weight is not None for m in messages):
-            return None
+    @property
+    def _all(self) -> tuple[Row | Aside, ...]:
+        return self.trunk, *self.asides, *self.rest
+
+    def drafts(self, recording: Recording, texts: Sequence[str], rendering: Rendering) -> list[Draft] | None:
+        """What is to be encoded of a conversation, whose recording gave `texts`; None where its rows may be others."""
+        messages = rendering.conversation.messages
+        for message in messages:
+            if message.train is not None or message.weight is not None:
+                return None
         for k, reasoning, pieces in self.told:
             text = messages[k].reasoning if reasoning else messages[k].content
             if not isinstance(text, str | None) or not _is(text or "", texts, pieces):
                 return None
-        if any(alike(texts[piece], text) for piece, text in self.unlike):
-            return None
+        for piece, text in self.unlike:
+            if alike(texts[piece], text):
+                return None
         if self.trunk.shown or any(row.shown for row in self.rest):
-            rendering.give({world: "".join([texts[i] for i in pieces]) for world, pieces in recording.worlds.items()
-                            if isinstance(pieces, tuple)})
-        made = _encoded(self.trunk, self.asides, texts, rendering, tokens)
-        for row in self.rest:
-            more = _encoded(row, (), texts, rendering, tokens)
-            made = made + more if made is not None and more is not None else None
-        if made is None:
+            rendering.give(lambda count, prompt: recording.text(texts, count, prompt))
+        made: list[Draft] = []
+        for one in self._all:
+            draft = _drafted(one, texts, rendering) if isinstance(one, Row) else _beside(one, texts, rendering)
+            if draft is None:
+                return None
+            made.append(draft)
+        return made
+
+    def samples(self, found: Sequence[Placed | None], rendering: Rendering, decode: Decode) -> list[Sample] | None:
+        """The rows of a conversation, of whose drafts this was found; None where they may be others."""
+        made: list[tuple[Ids, tuple[Span, ...]]] = []
+        ids, at = np.zeros(0, np.int32), [0]
+        spans: tuple[Span, ...] = ()
+        for one, placed in zip(self._all, found, strict=True):
+            if placed is None:
+                return None
+            own, there = placed
+            if isinstance(one, Row):
+                found_spans = _spans(there, one.values)
+                if not made:
+                    ids, at, spans = own, there, found_spans
+                made.append((own.copy(), found_spans))
+                continue
+            shared, before = at[one.cut], at[one.shared - 1]
+            starts = [before, *[token + shared for token in there]]
+            if starts[1] <= before or np.array_equal(ids[shared : shared + len(own)], own):
+                return None
+            made.append((np.concatenate((ids[:shared], own)), spans[: one.shared - 1] + _spans(starts, one.values)))
+        if not all(len(made[i][0]) > len(made[k][0]) for i, k in self.longer):
             return None
-        outcomes, untrained, source = dict(self.outcomes), dict(self.untrained), conversation.source
+        outcomes, untrained, source = dict(self.outcomes), dict(self.untrained), rendering.conversation.source
         return [Sample.whole(*made[i], outcomes, source, untrained, decode) for i in self.order]
 
 
@@ -135,16 +178,11 @@ def alike(text: str, other: str) -> bool:
     return text.startswith(other) or other.startswith(text)
 
 
-_Made = tuple[Ids, tuple[Span, ...]]
-
-
-def _encoded(
-    row: Row, asides: Sequence[Aside], texts: Sequence[str], rendering: Rendering, tokens: FastTokens
-) -> list[_Made] | None:
-    """The ids and spans of a row, and of those beside it."""
+def _drafted(row: Row, texts: Sequence[str], rendering: Rendering) -> Draft | None:
+    """A row of a conversation with its places, if all is found where it must be."""
     parts = [texts[i] for i in row.pieces]
     text = "".join(parts) + row.tail
-    ends = [0, *accumulate(map(len, parts)), len(text)]
+    ends = [*accumulate(map(len, parts), initial=0), len(text)]
     for piece, wanted, (at, offset) in row.found:
         if text.find(texts[wanted], ends[at] + offset) != ends[piece]:
             return None
@@ -152,67 +190,34 @@ def _encoded(
         words = texts[wanted][-SHORT:]
         if (words + behind).rfind(words):
             return None
-    at, offset = row.places[row.context]
-    begin = ends[at] + offset
-    prompt = text[:begin]
-    shown = _shown(row, rendering, prompt, text, ends)
-    if shown is None:
-        return None
-    chars = [ends[at] + offset if at >= 0 else shown[offset] for at, offset in row.places]
+    if row.shown:
+        at, offset = row.places[row.context]
+        shown = _shown(row, rendering, text[: ends[at] + offset], text, ends)
+        if shown is None:
+            return None
+        chars = [ends[at] + offset if at >= 0 else shown[offset] for at, offset in row.places]
+    else:
+        chars = [ends[at] + offset for at, offset in row.places]
     for k, (at, offset), last, reasons in row.called:
         if not _calls(rendering, k, text, ends[at] + offset, chars[last], reasons):
             return None
-    encoded, context = tokens.encode_pair(prompt, text[begin:])
-    starts = _tokens(encoded, chars, row.loose)
-    if starts is None or context != starts[row.context]:
-        return None
-    spans = _spans(starts, row.values)
-    if spans is None:
-        return None
-    made = [(encoded.ids.copy(), spans)]
-    if not row.others and not asides:
-        return made
-    others = [(chars[a], text[chars[a] : chars[b]]) for a, b in row.others]
-    places: list[list[int]] = []
-    for one in asides:
-        own = _target(one, texts, rendering)
-        if own is None:
-            return None
-        others.append((ends[one.begin[0]] + one.begin[1], own[0]))
-        places.append(own[1])
-    known = tokens.branches(encoded, prompt, others)
-    if known is None:
-        return None
-    branches, tails = known
-    for (a, b), branch in zip(row.others, branches, strict=False):
-        if branch.first or branch.cut != chars[b] or (branch.context, branch.size) != (starts[a], starts[b]):
-            return None
-    first = len(row.others)
-    for one, place, (end, _), branch in zip(asides, places, others[first:], branches[first:], strict=True):
-        more, there = branch.shared - branch.first, end - branch.cut + branch.begin
-        at_tokens = _tokens(tails, [there + char for char in place], one.loose)
-        if at_tokens is None or at_tokens[0] + more != branch.context or at_tokens[-1] + more != branch.size:
-            return None
-        own_spans = _spans([starts[one.shared - 1], *(token + more for token in at_tokens)], one.values)
-        if own_spans is None:
-            return None
-        ids = np.concatenate((encoded.ids[: branch.shared], tails.ids[branch.first : branch.size - more]))
-        made.append((ids, spans[: one.shared - 1] + own_spans))
-    return made
+    return Draft(row.layout, text, chars)
 
 
-def _target(one: Aside, texts: Sequence[str], rendering: Rendering) -> tuple[str, list[int]] | None:
-    """The target of the turn of a row beside the trunk, and the characters of its places."""
-    parts, skipped = [texts[i] for i in one.pieces], one.begin[1]
-    text = ("".join(parts) + one.tail)[skipped:]
-    ends = [*accumulate(map(len, parts), initial=-skipped), len(text)]
+def _beside(one: Aside, texts: Sequence[str], rendering: Rendering) -> Draft | None:
+    """What the turn of a row beside the longest has of its own, and what stands before it."""
+    parts, head = [texts[i] for i in one.pieces], one.head
+    text = head + ("".join(parts) + one.tail)[one.skipped :]
+    ends = [*accumulate(map(len, parts), initial=len(head) - one.skipped), len(text)]
     for piece, wanted in one.found:
-        if text.find(texts[wanted]) != ends[piece]:
+        if text.find(texts[wanted], len(head)) != ends[piece]:
             return None
     chars = [ends[at] + offset for at, offset in one.places]
-    if one.called is not None and not _calls(rendering, one.called[0], text, 0, chars[one.called[1]], one.called[2]):
-        return None
-    return text, chars
+    if one.called is not None:
+        k, last, reasons = one.called
+        if not _calls(rendering, k, text, len(head), chars[last], reasons):
+            return None
+    return Draft(one.layout, text, chars)
 
 
 def _calls(rendering: Rendering, k: int, text: str, begin: int, end: int, reasons: tuple[Reason, ...]) -> bool:
@@ -223,24 +228,9 @@ def _calls(rendering: Rendering, k: int, text: str, begin: int, end: int, reason
     return rendering.stops.end(text, found[-1][1]) == end
 
 
-def _tokens(encoded: Encoded, chars: Sequence[int], loose: Mapping[int, bool]) -> list[int] | None:
-    """The tokens that begin at `chars`; None where one reaches across a place that is not `loose`."""
-    starts, over = encoded.tokens_at(chars)
-    if starts != over:
-        for i, (a, b) in enumerate(zip(starts, over, strict=True)):
-            if a != b:
-                if i not in loose:
-                    return None
-                starts[i] = b if loose[i] else a
-    return starts
-
-
-def _spans(starts: Sequence[int], values: Values) -> tuple[Span, ...] | None:
-    """The spans from each of `starts` to the next; None where one is empty."""
-    ends = starts[1:]
-    if not all(map(lt, starts, ends)):
-        return None
-    return tuple(map(_span, zip(starts, ends, *values, strict=False)))
+def _spans(starts: Sequence[int], values: Values) -> tuple[Span, ...]:
+    """The spans from each of the first of `starts` to the next."""
+    return tuple(map(_span, zip(starts, starts[1:], *values, strict=False)))
 
 
 def _shown(row: Row, rendering: Rendering, prompt: str, text: str, ends: Sequence[int]) -> list[int] | None:

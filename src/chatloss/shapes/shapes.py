@@ -48,6 +48,11 @@ class Recording:
     def constants(self) -> int:
         return len(self.texts)
 
+    def text(self, texts: Sequence[str], count: int, prompt: bool) -> str | None:
+        """A world of the conversation whose pieces are `texts`; None where it is refused or not known."""
+        pieces = self.worlds.get((count, prompt))
+        return "".join([texts[i] for i in pieces]) if isinstance(pieces, tuple) else None
+
 
 class Shapes:
     """The shapes of conversations under one template text. Raises `Unsupported` where it cannot be recorded.
@@ -86,7 +91,7 @@ class Shapes:
             return None
         self._sandbox.meter.start()
         shape, texts = self._known(key, leaves)
-        self.fresh = texts is None and self._often(key)
+        self.fresh = texts is None and _may_be_kept(key) and self._often(key)
         if self.fresh:
             self._learn(key, self._record(messages, worlds, tools, variables))
             self._sandbox.meter.start()
@@ -249,9 +254,12 @@ def _shape_of(
         if type(value) not in _SCALARS:
             return None, leaves
         shape += key, type(value), repr(value) if type(value) is float else value  # 0.0 == -0.0
-    if len(shape) > LONGEST_SHAPE or any(type(one) is str and len(one) > LONGEST_NAME for one in shape):
-        return None, leaves  # keys and roles are a stranger's, and shapes are kept
     return tuple(shape), leaves
+
+
+def _may_be_kept(shape: Sequence[Any]) -> bool:
+    """Keys and roles are a stranger's."""
+    return len(shape) <= LONGEST_SHAPE and not any(type(one) is str and len(one) > LONGEST_NAME for one in shape)
 
 
 def _length(value: Any) -> int:

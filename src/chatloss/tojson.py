@@ -1,0 +1,61 @@
+"""The filter `tojson` as engines have it. Not jinja's own: that one escapes HTML, which no model has seen."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+__all__ = ["tojson"]
+
+# Of so many forms, texts of at most so many characters are kept, so many in all.
+_FORMS, _LONGEST, _MOST = 4, 2**13, 2**21
+
+
+def tojson(
+    x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """The JSON text of `x`."""
+    form = ensure_ascii, indent, separators, sort_keys
+    try:
+        encoder, known = _encoder(*form)
+    except TypeError:  # a form that cannot be hashed
+        return _new_encoder(*form).encode(x)
+    if indent is None:
+        return encoder.encode(x)
+    # Indented text is made by Python code, and takes longer than all else that is done with a tool. What is the same in
+    # one line is the same in many.
+    line = json.dumps(x, sort_keys=sort_keys)
+    found = known.texts.get(line)
+    if found is None:
+        found = encoder.encode(x)
+        known.keep(line, found)
+    return found
+
+
+class _Kept:
+    """What was written before, by what that is in one line."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+        self._size = 0
+
+    def keep(self, line: str, text: str) -> None:
+        size = len(line) + len(text)
+        if size > _LONGEST:
+            return
+        if self._size + size > _MOST:
+            self.texts.clear()
+            self._size = 0
+        self.texts[line] = text
+        self._size += size
+
+
+def _new_encoder(ensure_ascii: Any, indent: Any, separators: Any, sort_keys: Any) -> json.JSONEncoder:
+    return json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@lru_cache(maxsize=_FORMS, typed=True)
+def _encoder(ensure_ascii: Any, indent: Any, separators: Any, sort_keys: Any) -> tuple[json.JSONEncoder, _Kept]:
+    """An encoder, and what was written with it."""
+    return _new_encoder(ensure_ascii, indent, separators, sort_keys), _Kept()
