@@ -38,8 +38,8 @@ PAIRS = {"qwen3": "qwen3_training", "qwen2.5": "qwen2_5_training", "llama3": "ll
 # The template that TRL ships beside its tagged one puts a thought into every prompt: all chats here are off-prompt.
 TEMPLATES = {"deepseek-v3": "yujiepan-deepseek-v3-tiny-random"}
 DATA = ("tools", "plain", "agent")
-COPIES = {"tools": 8, "plain": 8, "agent": 4}
-COPIES_FOR_TWO, COPIES_TO_COMPARE = 24, {"tools": 4, "plain": 4, "agent": 1}
+COPIES = {"tools": 32, "plain": 32, "agent": 8}
+COPIES_FOR_TWO, COPIES_TO_COMPARE = 64, {"tools": 4, "plain": 4, "agent": 1}
 # What takes the time, by the innermost module of ours that runs.
 STAGES = {
     "read": "shards reader streams tables formats chat values",

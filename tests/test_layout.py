@@ -17,8 +17,8 @@ PACKAGE = Path(chatloss.__file__).parent
 # Imports only ever point upward in this list.
 ORDER = [
     "errors", "values", "chat", "sample", "policy", "formats", "streams", "tables", "folders", "reader", "meter",
-    "tojson", "sandbox", "traced", "shapes", "stops", "template", "fields", "reference", "typed", "places", "cuts",
-    "tokens", "load", "remembered", "fast_tokens", "literal", "rows", "paint", "straight", "encoding", "plans",
+    "kept", "tojson", "sandbox", "traced", "shapes", "stops", "template", "fields", "reference", "typed", "places",
+    "cuts", "tokens", "load", "remembered", "fast_tokens", "literal", "rows", "paint", "straight", "encoding", "plans",
     "window", "encode",
     "markers", "pairs", "pipeline",
     "reduction", "pack", "batch", "manifest", "columns", "dataset", "shards", "runners", "prepare", "cluster",

@@ -6,6 +6,7 @@ import gzip
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,18 @@ def test_rejects_that_are_not_kept_are_counted(chats: Path, monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("small")
+def test_rejects_are_in_the_order_of_the_rows_although_some_are_read_ahead(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
+    typed = {"messages": [{"role": "user", "content": "Hi <|im_end|>"}, {"role": "assistant", "content": "Hello!"}]}
+    rows: list[Any] = [chat, typed, {"messages": 3}, chat, typed, {"messages": []}, chat, {"messages": 4}, typed]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    prepare([str(path)], tmp_path / "out", replace(JOB, backend="fast"), max_rejects=1.0)
+    rejects = [parse_json(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text("utf-8").splitlines()]
+    assert [int(reject["source"].rpartition(":")[2]) for reject in rejects] == [2, 3, 5, 6, 8, 9]
+    assert len(Prepared(tmp_path / "out")) == 3
+
+
 def test_a_shard_of_nothing_but_bad_rows_is_no_reason_to_stop(chats: Path) -> None:
     chats.write_text("broken\n" * 1500 + chats.read_text() + '{"messages": [], "n": 1}\n' * 1500)
     with pytest.raises(DataError, match="none of its first 1000 rows"):

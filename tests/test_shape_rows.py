@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import json
 import random
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,10 +20,12 @@ from chatloss.encoding import Encoding
 from chatloss.errors import ChatlossError
 from chatloss.fast_tokens import loaded_with
 from chatloss.load import load_tokenizer
+from chatloss.pipeline import records
 from chatloss.plans import each, plans
 from chatloss.plans import rows as shape_rows
 from chatloss.plans.plans import same_rows
 from chatloss.policy import Policy
+from chatloss.reader import read
 from chatloss.shapes import shapes
 from tests import assets, conformance
 from tests.test_shapes import WORDS, reworded
@@ -210,3 +214,87 @@ def test_no_trace_no_plans() -> None:
     for _ in range(3):
         examined(made, Conversation.from_messages(SHAPES["plain"][0]))
     assert made._plans is None or not made._plans.planned
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=25, deadline=None)
+@given(some=st.lists(chats(), min_size=2, max_size=20))
+def test_conversations_among_others_have_the_same_rows(family: str, some: list[tuple[Any, Any]]) -> None:
+    """Many are encoded together: none may get what is another's."""
+    made = encoder(family)
+    given = [Conversation.from_messages(*chat, None, f"chats.jsonl:{i}") for i, chat in enumerate(some, 1)]
+    for conversation, (back, found) in zip(given, made.examine_each(given), strict=True):
+        wanted = made.examine(conversation)
+        assert back is conversation and isinstance(found, Encoding)
+        assert same_rows(found.rows, wanted.rows)
+        assert (found.outcomes, found.untrained, found.problems) == (wanted.outcomes, wanted.untrained, wanted.problems)
+
+
+def test_any_number_ahead_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    chance, given = random.Random(3), []
+    for k in range(120):
+        messages, tools = SHAPES[("plain", "tools", "system", "reasoning")[k % 4]]
+        given.append(Conversation.from_messages(reworded(messages, 0.2, chance), tools, None, f"chats.jsonl:{k + 1}"))
+    found = []
+    for ahead, tokens in ((1, 2**16), (7, 2**16), (64, 2**16), (64, 300)):
+        monkeypatch.setattr(each, "AHEAD", ahead)
+        monkeypatch.setattr(each, "AHEAD_TOKENS", tokens)
+        made = ChatEncoder.load(encoder("qwen3").loaded)
+        encodings = [one for _, one in made.examine_each(iter(given)) if isinstance(one, Encoding)]
+        assert len(encodings) == len(given) and made._plans is not None and made._plans.planned > 10
+        found.append([one.rows for one in encodings])
+    assert all(same_rows(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_rows_whose_turns_a_longer_row_has_are_not_planned_where_it_is_shorter() -> None:
+    """gpt-oss drops the thought of an answer from history: with a long one, that answer's row is the longest."""
+    made, chance = ChatEncoder.load(encoder("gpt-oss").loaded, clock=lambda: conformance.CLOCK), random.Random(2)
+
+    def chat(thought: str) -> list[dict[str, Any]]:
+        words = [user("What is the word for it?"), {**CALL, "content": None}, result("It is four."),
+                 answer("The word is four."), user("Thanks for that."), answer("You are welcome.")]
+        words = reworded(words, 0.0, chance)
+        return [{**m, "reasoning_content": thought} if i == 3 else m for i, m in enumerate(words)]
+
+    before = [planned(made, chat("I know it now."), [conformance.LOOKUP]) for _ in range(6)][-1]
+    assert before >= 2 and made._plans is not None
+    plan, = made._plans._plans.values()
+    assert isinstance(plan, shape_rows.RowPlan) and plan.longer
+    assert planned(made, chat("It takes a while to say" * 20), [conformance.LOOKUP]) == before
+    plan.longer = ()
+    with pytest.raises(AssertionError):
+        planned(made, chat("It takes a while to say" * 20), [conformance.LOOKUP])
+
+
+def test_what_the_template_refuses_in_every_turn_is_known_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSeek's adds the text of a call to its own, and there is none."""
+    known, chance = encoder("deepseek-v3"), random.Random(4)
+    made = ChatEncoder.load(known.loaded, known.template.source)
+    silent = {**CALL, "content": None}
+
+    def chat() -> list[dict[str, Any]]:
+        return reworded([user("What is the word?"), silent, result("four"), answer("It is four.")], 0.0, chance)
+
+    for _ in range(8):
+        last = planned(made, chat(), [conformance.LOOKUP])
+    assert last >= 4
+    refused = examined(made, Conversation.from_messages(chat(), [conformance.LOOKUP]))
+    assert [problem.cause for problem in refused.problems] == ["unrenderable"] * 2 and not refused.rows
+    wish = chat()
+    wish[1] = {**wish[1], "train": False}
+    assert planned(made, wish, [conformance.LOOKUP]) == last + 1
+    monkeypatch.setattr(plans, "SAMPLE", 1)
+    monkeypatch.setattr(each, "same_rows", lambda *_: False)
+    with pytest.raises(ChatlossError, match="rows by shape differ"):
+        examined(made, Conversation.from_messages(chat(), [conformance.LOOKUP]))
+
+
+def test_a_difference_ends_the_run_and_rejects_no_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made, chance, path = ChatEncoder.load(encoder("qwen2.5").loaded), random.Random(1), tmp_path / "chats.jsonl"
+    rows = [{"messages": reworded(SHAPES["plain"][0], 0.0, chance)} for _ in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    monkeypatch.setattr(each, "same_rows", lambda *_: False)
+    reader = read(str(path), max_rejects=1.0)
+    with pytest.raises(ChatlossError, match="rows by shape differ"):
+        list(records(reader, made, ahead=True))
+    assert not reader.n_rejected

@@ -130,9 +130,9 @@ def test_a_history_is_placed_and_encoded_once_for_all_rows(monkeypatch: pytest.M
     def counted(name: str, size: Any) -> None:
         owner, one = (FlatTokens, FlatTokens._flat) if name == "encoded" else (straight, getattr(straight, name))
 
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
             looked[name] += size(*args)
-            return one(*args)
+            return one(*args, **kwargs)
 
         monkeypatch.setattr(owner, one.__name__, call)
 

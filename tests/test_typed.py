@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from chatloss.chat import Conversation
 from chatloss.encode import ChatEncoder
@@ -76,7 +80,7 @@ def test_every_policy_finds_a_control_string_wherever_it_stands_and_names_the_pl
     messages, tools, message, place = hidden(END[name])[case]
     chat = Conversation.from_messages(messages, tools)
     for policy in ("reject", "parity", "literal"):
-        problems = finder(name, policy)._control_problems(chat)
+        problems = finder(name, policy).control_problems(chat)
         told = f"the text holds the control token {END[name]!r} in {place}"
         assert [(one.message, one.detail, one.fatal) for one in problems] == [(message, told, policy == "reject")]
     with pytest.raises(DataError, match=re.escape(place)):
@@ -93,7 +97,38 @@ def test_what_cannot_become_a_control_string_is_not_refused(name: str) -> None:
         ([user("a <"), assistant("[")], with_tool(description="<")),
         ([{**user("Hi"), "raw_text_of_the_export": f"Hi{end}"}, assistant("yes")], None),  # the template never reads it
     ]:
-        assert made._control_problems(Conversation.from_messages(messages, tools)) == []
+        assert made.control_problems(Conversation.from_messages(messages, tools)) == []
+
+
+WORDS = ["Hi", "<", "a < b", "|im_end|>", "<|im_end|>", "\n", '"', "\\", "\\u003c", "<|", "é", "[INST]", ""]
+PLACES = st.sampled_from(WORDS)
+
+
+@st.composite
+def spoken(draw: Callable[..., Any]) -> Conversation:
+    messages = []
+    for _ in range(draw(st.integers(1, 3))):
+        messages.append(user(draw(PLACES)))
+        made = {"role": "assistant", "content": draw(PLACES)}
+        if draw(st.booleans()):
+            values = st.one_of(PLACES, st.lists(PLACES, max_size=2))
+            given = draw(st.one_of(st.dictionaries(PLACES, values, max_size=2), PLACES.map(json.dumps), PLACES))
+            made["tool_calls"] = [{"type": "function", "function": {"name": draw(PLACES) or "f", "arguments": given}}]
+        if draw(st.booleans()):
+            made["reasoning_content"] = draw(PLACES)
+        messages.append(made)
+    return Conversation.from_messages(messages)
+
+
+@pytest.mark.parametrize("name", END)
+@settings(max_examples=200, deadline=None)
+@given(chat=spoken())
+def test_a_first_look_overlooks_nothing(name: str, chat: Conversation) -> None:
+    controls = finder(name, "reject")._controls
+    if controls._plainly_none(chat):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(controls), "_plainly_none", lambda *_: False)
+            assert not controls.found(chat, "object") and not controls.found(chat, "string")
 
 
 def test_another_key_of_a_message_counts_if_the_template_names_it() -> None:

@@ -88,6 +88,10 @@ class Message:
         """
         if (plain := plain_message(data)) is not None:
             return plain
+        if type(data) is dict and data.keys() == _CALLING and data["role"] == "assistant" and (
+            type(data["tool_calls"]) is list and data["tool_calls"]
+        ):
+            return cls("assistant", _content(data["content"], f"{where}.content"), None, _tool_calls(data, where))
         if not isinstance(data, Mapping):
             raise DataError(f"a message must be an object, not {kind_of(data)}", where=where, hint=_FORM)
         role, here = data.get("role"), f"{where}.role"
@@ -198,6 +202,7 @@ def split_think(text: str) -> tuple[str | None, str]:
     return reasoning, answer
 
 
+_CALLING = {"role", "content", "tool_calls"}  # the keys of most messages with calls
 _FORM = 'expected {"role": "user", "content": "..."} objects'
 _CALLS = 'expected [{"type": "function", "function": {"name": "...", "arguments": {...}}}]'
 def _agreed(data: Mapping[str, Any], keys: Sequence[str], where: str, read: Callable[[Any, str], T]) -> T | None:

@@ -211,7 +211,7 @@ def _first(text: Searched, alternatives: tuple[str, ...], start: int, end: int |
 
 
 def _call_pieces(call: ToolCall) -> Iterator[tuple[str, ...]]:
-    yield (call.name, json.dumps(call.name)[1:-1])
+    yield (call.name,) if _is_plain(call.name) else (call.name, json.dumps(call.name)[1:-1])
     arguments = call.arguments
     if isinstance(arguments, str):
         try:
@@ -239,10 +239,15 @@ def _leaves(value: Any) -> Iterator[Any]:
 def spellings(leaf: Any) -> tuple[str, ...]:
     """A leaf argument as templates write it: raw, JSON-escaped with and without ASCII only, or a Python literal."""
     if isinstance(leaf, str):
-        if leaf.isascii() and leaf.isprintable() and '"' not in leaf and "\\" not in leaf:
+        if _is_plain(leaf):
             return (leaf,) if leaf == (bare := leaf.strip()) else (leaf, bare)  # all others are the same
         escaped, ascii_only = json.dumps(leaf, ensure_ascii=False)[1:-1], json.dumps(leaf)[1:-1]
         # Double encoding: the arguments are a JSON string inside JSON.
         twice = (json.dumps(escaped, ensure_ascii=False)[1:-1], json.dumps(ascii_only)[1:-1])
         return tuple(dict.fromkeys((leaf, leaf.strip(), escaped, ascii_only, repr(leaf)[1:-1], *twice)))
-    return tuple(dict.fromkeys((json.dumps(leaf), str(leaf))))
+    return (str(leaf),) if type(leaf) is int else tuple(dict.fromkeys((json.dumps(leaf), str(leaf))))
+
+
+def _is_plain(text: str) -> bool:
+    """Whether it is written the same way in whatever notation."""
+    return text.isascii() and text.isprintable() and '"' not in text and "\\" not in text

@@ -59,15 +59,18 @@ class Places:
     def _add(self, i: int, prompt: str, text: str) -> None:
         start = self._places[-1].end if self._places else 0
         seen = Seen(prompt, self._reaches[-1] if self._reaches else 0)
-        end, _ = end_in(seen, self._rendering, i, start)
+        end, _, found = end_in(seen, self._rendering, i, start)
         if seen.absent:
             self._absent.append((i, seen.absent))
-        self._places.append(place_in(seen, self._rendering, i, start, end, text))
+        self._places.append(place_in(seen, self._rendering, i, start, end, text, found=found))
         self._reaches.append(seen.reach)
 
 
-def end_in(seen: Seen, rendering: Rendering, i: int, start: int, known: int = 0) -> tuple[int, bool]:
-    """(where message `i`, which begins at `start`, ends in a prompt; whether the prompt begins with it rendered last).
+def end_in(
+    seen: Seen, rendering: Rendering, i: int, start: int, known: int = 0
+) -> tuple[int, bool, Located | None]:
+    """(where message `i`, which begins at `start`, ends in a prompt; whether the prompt begins with it rendered last;
+    its fields, if it had to be told by these).
 
     So many characters of both are `known` to be the same.
     """
@@ -75,23 +78,26 @@ def end_in(seen: Seen, rendering: Rendering, i: int, start: int, known: int = 0)
     if prefix is not None and prompt.startswith(prefix[known:] if known else prefix, known):
         end = max(start, len(prefix))
         seen.to(end)
-        return end, end == len(prefix)
-    end = max(start, min(_end_by_text(rendering, seen, start, i, prefix, known), len(prompt)))
+        return end, end == len(prefix), None
+    end, found = _end_by_text(rendering, seen, start, i, prefix, known)
+    end = max(start, min(end, len(prompt)))
     seen.to(end)
-    return end, False
+    return end, False, found
 
 
 def place_in(
-    seen: Seen, rendering: Rendering, i: int, start: int, end: int, text: str, known: int = 0
+    seen: Seen, rendering: Rendering, i: int, start: int, end: int, text: str, known: int = 0, *,
+    found: Located | None = None,
 ) -> Place:
-    """Message `i`, which stands from `start` to `end` in a prompt that begins `text`.
+    """Message `i`, which stands from `start` to `end` in a prompt that begins `text`; `found` is what `end_in` found.
 
     So many characters of that are `known` to be those of its own prompt.
     """
-    prompt, fields, supplied = seen.text, rendering.fields[i], None
-    found = locate(prompt, fields, start, end)
-    if isinstance(found, Missing):
-        found = present(prompt, fields, start, end)
+    supplied = None
+    if found is None:
+        fields = rendering.fields[i]
+        located = locate(seen.text, fields, start, end)
+        found = present(seen.text, fields, start, end) if isinstance(located, Missing) else located
     if rendering.conversation.messages[i].role == "assistant":
         before, plain = rendering.prompt(i), rendering.text(i)
         if before is not None and plain is not None and before != plain:
@@ -125,7 +131,9 @@ class Seen:
             self.reach = at
 
 
-def _end_by_text(rendering: Rendering, seen: Seen, at: int, index: int, prefix: str | None, known: int) -> int:
+def _end_by_text(
+    rendering: Rendering, seen: Seen, at: int, index: int, prefix: str | None, known: int
+) -> tuple[int, Located | None]:
     fields, text = rendering.fields[index], seen.text
     agreed = common_prefix(prefix or "", text, known)
     seen.to(agreed + 1)
@@ -141,12 +149,12 @@ def _end_by_text(rendering: Rendering, seen: Seen, at: int, index: int, prefix: 
             tail = prefix[behind + len(words) :]
             end += common_prefix(tail, text[end : end + len(tail)])
             seen.to(end + 1)
-        return end
+        return end, found if whole and end <= len(text) else None
     if not fields:
-        return max(at, agreed)
+        return max(at, agreed), None
     prompt = rendering.prompt(index) or ""  # of a message that is dropped the header may be left
     seen.to(len(prompt))
-    return max(at, len(prompt)) if text.startswith(prompt) else at
+    return max(at, len(prompt)) if text.startswith(prompt) else at, None
 
 
 def _goes_on(rendering: Rendering, seen: Seen, at: int, index: int) -> bool:

@@ -147,7 +147,13 @@ class Rendering:
 
     @cached_property
     def messages(self) -> list[dict[str, Any]]:
-        return [engine_message(message, *self.forms) for message in self.conversation.messages]
+        text = self.forms[0] != "parts"
+        return [
+            {"role": one.role, "content": one.content}  # the usual
+            if text and type(one.content) is str and not (one.tool_calls or one.extra)
+            and one.reasoning is one.tool_call_id is one.name is None
+            else engine_message(one, *self.forms) for one in self.conversation.messages
+        ]
 
     def text(self, count: int, prompt: bool = False) -> str | None:
         """The first `count` messages rendered, with or without the generation prompt; None where refused."""

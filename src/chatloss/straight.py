@@ -15,6 +15,7 @@ from functools import partial
 
 import numpy as np
 
+from chatloss.fields import Located
 from chatloss.paint import FIELDS, Value, left_out, weight_in, why_not
 from chatloss.places import Place, Seen, end_in, place_in
 from chatloss.policy import Policy
@@ -33,7 +34,8 @@ _Strip = tuple[list[int], list[Value]]
 class _Trunk:
     """The turns of a conversation as branches of the last one, which is the trunk.
 
-    In that message i begins at character `begins[i]`, as any prompt does that is like it through `reaches[i]`.
+    In that message i begins at character `begins[i]`, as any prompt does that is like it through `reaches[i]`, and has
+    its `fields` there, where they had to be found to tell where it ends.
     """
 
     rendering: Rendering
@@ -43,6 +45,7 @@ class _Trunk:
     tails: Encoded
     begins: list[int]
     reaches: list[int]
+    fields: list[Located | None]
 
     def ids(self, k: int) -> Ids:
         _, size, shared, _, first, _ = branch = self.branches[k]
@@ -89,13 +92,16 @@ def _trunk(rendering: Rendering, turns: Sequence[Turn], tokens: FastTokens) -> _
         if not prompt.startswith(turn.prompt[known:], known):
             return None
     seen, begins, reaches, begin, whole = Seen(prompt), [], [], 0, False
+    fields: list[Located | None] = []
     for i in range(base.index + 1):
         begins.append(begin)
         reaches.append(seen.reach)
         if i in prompts and not (whole and begin <= prompts[i]):
             return None  # its prompt does not go on from the history alone
         if i < base.index:
-            begin, whole = end_in(seen, rendering, i, begin, max(prompts.get(i, 0), asked(key, (i + 1, False))))
+            known = max(prompts.get(i, 0), asked(key, (i + 1, False)))
+            begin, whole, found_there = end_in(seen, rendering, i, begin, known)
+            fields.append(found_there)
     encoded, context = tokens.encode_pair(prompt, base.target)
     others = [(prompts[turn.index], turn.target) for turn in turns[:-1]]
     found = tokens.branches(encoded, prompt, others) if context is not None else None
@@ -106,7 +112,7 @@ def _trunk(rendering: Rendering, turns: Sequence[Turn], tokens: FastTokens) -> _
     for turn, branch in zip(turns[:-1], branches, strict=False):
         if branch.cut > begins[turn.index + 1] if branch.along else branch.cut < begins[turn.index]:
             return None
-    return _Trunk(rendering, turns, branches, encoded, found[1], begins, reaches)
+    return _Trunk(rendering, turns, branches, encoded, found[1], begins, reaches, fields)
 
 
 def _key(rendering: Rendering, index: int) -> tuple[int, bool]:
@@ -144,7 +150,8 @@ def _spans(
         turn, branch = trained.get(i, (None, None))
         if turn is not base and (many or turn is None or message.tool_calls):
             same = rendering.alike(_key(rendering, base.index), _key(rendering, i))
-            place = place_in(seen, rendering, i, begin, trunk.begins[i + 1], seen.text, same)
+            end, there = trunk.begins[i + 1], trunk.fields[i]
+            place = place_in(seen, rendering, i, begin, end, seen.text, same, found=there)
             if many or turn is None:
                 along.history(i, begin, place, why_not(message, i, untrained, policy))
             # A call may be spelled in several ways, of which history need not show the same first.

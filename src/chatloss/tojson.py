@@ -6,10 +6,11 @@ import json
 from functools import lru_cache
 from typing import Any
 
+from chatloss.kept import Kept
+
 __all__ = ["tojson"]
 
-# Of so many forms, texts of at most so many characters are kept, so many in all.
-_FORMS, _LONGEST, _MOST = 4, 2**13, 2**21
+_FORMS = 4  # of which texts are kept
 
 
 def tojson(
@@ -27,28 +28,7 @@ def tojson(
     # one line is the same in many.
     line = json.dumps(x, sort_keys=sort_keys)
     found = known.texts.get(line)
-    if found is None:
-        found = encoder.encode(x)
-        known.keep(line, found)
-    return found
-
-
-class _Kept:
-    """What was written before, by what that is in one line."""
-
-    def __init__(self) -> None:
-        self.texts: dict[str, str] = {}
-        self._size = 0
-
-    def keep(self, line: str, text: str) -> None:
-        size = len(line) + len(text)
-        if size > _LONGEST:
-            return
-        if self._size + size > _MOST:
-            self.texts.clear()
-            self._size = 0
-        self.texts[line] = text
-        self._size += size
+    return known.keep(line, encoder.encode(x)) if found is None else found
 
 
 def _new_encoder(ensure_ascii: Any, indent: Any, separators: Any, sort_keys: Any) -> json.JSONEncoder:
@@ -56,6 +36,6 @@ def _new_encoder(ensure_ascii: Any, indent: Any, separators: Any, sort_keys: Any
 
 
 @lru_cache(maxsize=_FORMS, typed=True)
-def _encoder(ensure_ascii: Any, indent: Any, separators: Any, sort_keys: Any) -> tuple[json.JSONEncoder, _Kept]:
+def _encoder(ensure_ascii: Any, indent: Any, separators: Any, sort_keys: Any) -> tuple[json.JSONEncoder, Kept]:
     """An encoder, and what was written with it."""
-    return _new_encoder(ensure_ascii, indent, separators, sort_keys), _Kept()
+    return _new_encoder(ensure_ascii, indent, separators, sort_keys), Kept()

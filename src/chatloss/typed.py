@@ -123,6 +123,8 @@ class Controls:
         `arguments` as for `typed`. Other keys of messages count if the template names them.
         """
         tools, parse = self._may_hold(conversation.tools), arguments == "object"
+        if not tools and self._plainly_none(conversation):
+            return []
         for closely in (False, True):
             said = _said(conversation, tools=tools, parse=parse, closely=closely)
             texts = [self._trim(text) for _, text in said]
@@ -138,6 +140,26 @@ class Controls:
                 message = int(paths[0][1]) if paths[0][0] == "messages" else -1
                 found[first, last] = Found(match[0], message, " and ".join(map(_name, paths)))
         return list(found.values())
+
+    def _plainly_none(self, conversation: Conversation) -> bool:
+        """Whether no text of the messages holds so much as the first character of a control string."""
+        shown: list[str] = []
+        for one in conversation.messages:
+            if one.extra or not isinstance(one.content, str | None):
+                return False
+            shown += one.content or "", one.reasoning or "", one.tool_call_id or "", one.name or ""
+            for call in one.tool_calls:
+                given = call.arguments
+                if not isinstance(given, str):
+                    try:
+                        given = orjson.dumps(given).decode()
+                    except TypeError:  # integers beyond 64 bits
+                        return False
+                if "\\" in given:
+                    return False  # an escape may be anything
+                shown += given, call.name, call.id or ""
+        together = "".join(shown)
+        return not any(first in together for first in self._firsts)
 
     def _may_hold(self, tools: Any) -> bool:
         """Whether a closer look may find something: most chats say the same of their tools, at length."""

@@ -62,11 +62,15 @@ def _begun(encoder: Usual, plans: RowPlans, conversation: Conversation) -> Plann
         if known is None:
             return encoder.usual(conversation, [], rendering)
         planned = plans.begun(*known, rendering)
-        if planned is not None:
+        if isinstance(planned, Planned):
             return planned
+        if planned is not None and not planned[1]:
+            return planned[0]
         encoding = encoder.usual(conversation, [], rendering)
-        if not encoding.problems:
-            plans.learn(*known, rendering, encoding.turns, encoding.rows)
+        if planned is None:
+            plans.learn(*known, rendering, encoding)
+        elif not _same(planned[0], encoding):
+            raise _different(conversation)
         return encoding
     except ChatlossError as error:
         return error
@@ -93,8 +97,19 @@ def _finished(
     except ChatlossError as error:
         return error
     if rows and not same_rows(rows, encoding.rows):
-        raise ChatlossError("rows by shape differ from rows by reference", where=conversation.source,
-                            hint="--no-trace, and please report this template", kind="trace")
-    if not rows and not encoding.problems:
-        plans.learn(begun.recording, begun.texts, begun.rendering, encoding.turns, encoding.rows)
+        return _different(conversation)
+    if not rows:
+        plans.learn(begun.recording, begun.texts, begun.rendering, encoding)
     return encoding
+
+
+def _same(one: Encoding, other: Encoding) -> bool:
+    """Whether two encodings are the same but for turns that were not asked for."""
+    return same_rows(one.rows, other.rows) and (
+        (one.outcomes, one.untrained, one.problems) == (other.outcomes, other.untrained, other.problems)
+    )
+
+
+def _different(conversation: Conversation) -> ChatlossError:
+    return ChatlossError("rows by shape differ from rows by reference", where=conversation.source,
+                         hint="--no-trace, and please report this template", kind="trace")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 
+from chatloss.chat import Message
+from chatloss.encoding import Encoding
 from chatloss.plans.placed import Draft, Placed, placed
 from chatloss.plans.reading import row_plan
 from chatloss.plans.rows import RowPlan
-from chatloss.reference import Rendering, Turn
+from chatloss.reference import Rendering
 from chatloss.sample import Decode, Sample
 from chatloss.shapes.shapes import Recording
 from chatloss.tokens import FastTokens
@@ -34,6 +36,32 @@ class Planned:
     drafts: list[Draft]
 
 
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """What is found out about every conversation of a shape that the template refuses in each of its turns."""
+
+    encoding: Encoding
+
+    @classmethod
+    def read(cls, recording: Recording, messages: Sequence[Message], encoding: Encoding) -> Refused | None:
+        """That of a conversation, if its problems depend on nothing but what the recording refuses."""
+        if _wishes(messages) or encoding.rows or not encoding.turns:
+            return None
+        for turn in encoding.turns:
+            asked = (turn.index, messages[turn.index].role == "assistant"), (turn.index + 1, False)
+            if not any(isinstance(recording.worlds.get(world), Exception) for world in asked):
+                return None
+        return cls(replace(encoding, turns=()))
+
+    def of(self, messages: Sequence[Message]) -> Encoding | None:
+        """What another conversation of the shape gives."""
+        return None if _wishes(messages) else self.encoding
+
+
+def _wishes(messages: Sequence[Message]) -> bool:
+    return any(message.train is not None or message.weight is not None for message in messages)
+
+
 class RowPlans:
     """The plans of an encoder, for the recordings of its template. `planned` counts conversations whose rows they gave.
 
@@ -42,16 +70,23 @@ class RowPlans:
 
     def __init__(self, tokens: FastTokens, decode: Decode, *, apart: bool) -> None:
         self._tokens, self._decode, self._apart = tokens, decode, apart
-        self._plans: WeakKeyDictionary[Recording, RowPlan] = WeakKeyDictionary()
+        self._plans: WeakKeyDictionary[Recording, RowPlan | Refused] = WeakKeyDictionary()
         self._worth: WeakKeyDictionary[Recording, int] = WeakKeyDictionary()
         self._new: WeakSet[Recording] = WeakSet()
         self.planned = 0
 
-    def begun(self, recording: Recording, texts: Sequence[str], rendering: Rendering) -> Planned | None:
-        """What is to be encoded of a conversation; None where its rows cannot be planned."""
+    def begun(
+        self, recording: Recording, texts: Sequence[str], rendering: Rendering
+    ) -> Planned | tuple[Encoding, bool] | None:
+        """What is to be encoded of a conversation; or what is found out about it, and whether that is to be compared
+        with what is as ever; None where neither is known.
+        """
         plan = self._plans.get(recording)
         if plan is None:
             return None
+        if isinstance(plan, Refused):
+            refused = plan.of(rendering.conversation.messages)
+            return None if refused is None else (refused, self._served(recording))
         drafts = plan.drafts(recording, texts, rendering)
         if drafts is None:
             self._worth[recording] -= 1
@@ -81,16 +116,24 @@ class RowPlans:
         return compared
 
     def learn(
-        self, recording: Recording, texts: Sequence[str], rendering: Rendering, turns: Sequence[Turn],
-        rows: Sequence[Sample],
+        self, recording: Recording, texts: Sequence[str], rendering: Rendering, encoding: Encoding
     ) -> None:
-        """Make a plan of a conversation's rows, where there is none, or none that serves."""
+        """Make a plan of a conversation's encoding, where there is none, or none that serves."""
         worth, there = self._worth.get(recording, 0), recording in self._plans
         if worth >= 0 if there else worth <= -MOST_TRIES:
             return
-        plan = row_plan(recording, texts, rendering, turns, rows, self._tokens, apart=self._apart)
-        # What must hold for others must have held here, where luck may have decided too.
-        if plan is not None and same_rows(self._by(plan, recording, texts, rendering) or (), rows):
+        turns, rows = encoding.turns, encoding.rows
+        plan: RowPlan | Refused | None
+        if encoding.problems:
+            plan = Refused.read(recording, rendering.conversation.messages, encoding)
+            if plan is None:
+                return
+        else:
+            plan = row_plan(recording, texts, rendering, turns, rows, self._tokens, apart=self._apart)
+            # What must hold for others must have held here, where luck may have decided too.
+            if plan is not None and not same_rows(self._by(plan, recording, texts, rendering) or (), rows):
+                plan = None
+        if plan is not None:
             self._plans[recording], self._worth[recording] = plan, FIRST_WORTH
             self._new.add(recording)
         else:

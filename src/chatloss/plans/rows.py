@@ -156,7 +156,7 @@ class RowPlan:
                 continue
             shared, before = at[one.cut], at[one.shared - 1]
             starts = [before, *[token + shared for token in there]]
-            if starts[1] <= before or np.array_equal(ids[shared : shared + len(own)], own):
+            if starts[1] <= before or ids[shared : shared + len(own)].tobytes() == own.tobytes():
                 return None
             made.append((np.concatenate((ids[:shared], own)), spans[: one.shared - 1] + _spans(starts, one.values)))
         if not all(len(made[i][0]) > len(made[k][0]) for i, k in self.longer):
@@ -170,7 +170,13 @@ def _is(text: str, texts: Sequence[str], pieces: Sequence[int]) -> bool:
     text = text.strip()
     if not pieces:
         return not text
-    return bool(text) and not text.startswith("<think>") and all(texts[piece] == text for piece in pieces)
+    if not text or text.startswith("<think>"):
+        return False
+    # Twice as fast as a generator.
+    for piece in pieces:  # noqa: SIM110
+        if texts[piece] != text:
+            return False
+    return True
 
 
 def alike(text: str, other: str) -> bool:
@@ -238,9 +244,12 @@ def _shown(row: Row, rendering: Rendering, prompt: str, text: str, ends: Sequenc
     found: list[int] = []
     for k, (at, offset), (last, more), places, by_text in row.shown:
         begin, end, seen = ends[at] + offset, ends[last] + more, Seen(prompt)
-        if by_text and end_in(seen, rendering, k, begin)[0] != end:
-            return None
-        fields = place_in(seen, rendering, k, begin, end, text).fields
+        there = None
+        if by_text:
+            ended, _, there = end_in(seen, rendering, k, begin)
+            if ended != end:
+                return None
+        fields = place_in(seen, rendering, k, begin, end, text, found=there).fields
         if len(fields) != len(places):
             return None
         for (a, b, _), ((at, offset), within) in zip(fields, places, strict=True):

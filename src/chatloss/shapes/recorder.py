@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NoReturn
@@ -9,6 +10,7 @@ from typing import Any, NoReturn
 from jinja2.runtime import LoopContext, Undefined
 from jinja2.utils import Namespace
 
+from chatloss.kept import Kept
 from chatloss.meter import Exceeded, Meter
 
 __all__ = ["Pieces", "Recorder", "Step", "Symbol", "Unplanned", "told"]
@@ -63,6 +65,7 @@ class Recorder:
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
+        self._of_tools: dict[Any, OfTools] = {}
         self.tick = meter.tick
         self.begin()
 
@@ -129,7 +132,10 @@ class Recorder:
         values = *given, *named.values()
         if not _of_tools(values) or not all(type(one) is Symbol or _is_plain(one) for one in values):
             return None
-        return self.step(name, function, given, named, fixed=True)
+        known = self._of_tools.get(name)
+        if known is None:
+            known = self._of_tools[name] = OfTools(function, self.meter)
+        return self.step(name, known, given, named, fixed=True)
 
     def listed(self, value: Any) -> Any:
         """A list of tools as one value, which is made again in every conversation."""
@@ -317,6 +323,25 @@ class Recorder:
         if len(items) != count:
             raise Unplanned("another number of values to unpack")
         return tuple(items)
+
+
+class OfTools:
+    """A function of tools and scalars alone. Chats come with the same tools again and again."""
+
+    def __init__(self, function: Callable[..., str], meter: Meter) -> None:
+        self._function, self._meter, self._kept = function, meter, Kept()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> str:
+        try:
+            of = json.dumps((args, kwargs))
+        except (TypeError, ValueError, RecursionError):
+            return self._function(*args, **kwargs)
+        self._meter.tick(len(of) >> 4)
+        found = self._kept.texts.get(of)
+        if found is None:
+            return self._kept.keep(of, self._function(*args, **kwargs))
+        self._meter.spend(found)
+        return found
 
 
 class Text:

@@ -71,8 +71,11 @@ class RecordingSandbox(Sandbox):
         of_type, fixed = kind == "test" and name in _TYPE_TESTS, kind == "test" or name in _TEXT_FILTERS
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            if name == "tojson":
+            if name == "tojson" and args:
                 args = recorder.listed(args[0]), *args[1:]
+                made = None if context else recorder.step_of_tools((kind, name), function, args, kwargs)
+                if made is not None:
+                    return made
             if not any(type(one) is Symbol for one in (*args, *kwargs.values())):
                 return function(*args, **kwargs)
             first = args[0]

@@ -23,7 +23,8 @@ Message = Mapping[str, Any]
 Rendered = list[str | Exception | None]
 
 LARGEST = 32  # messages: longer conversations hardly ever have the same shape
-OFTEN = 12  # conversations of a shape, for which recording one saves more time than it takes
+# So many conversations of a shape take as long as recording one and planning its rows, and so many more to try again.
+OFTEN, LATER = 4, 144
 KNOWN, RECORDED, EACH = 4096, 256, 4  # shapes that are counted, those that are recorded, recordings of each
 KEPT = 200_000  # steps and pieces of all recordings together
 LONGEST_SHAPE, LONGEST_NAME, LONGEST_TEXT = 1024, 64, 2**16  # of what is kept for each
@@ -163,7 +164,7 @@ class Shapes:
         recordings = self._shapes.pop(key, [])
         self._shapes[key] = [shape, *recordings[: EACH - 1]] if shape is not None else recordings
         if shape is None:
-            self._seen[hash(key)] = -OFTEN * OFTEN  # it may be another part of the template next time
+            self._seen[hash(key)] = -LATER  # it may be another part of the template next time
         while len(self._shapes) > RECORDED or sum(one.size for each in self._shapes.values() for one in each) > KEPT:
             self._shapes.popitem(last=False)
 
@@ -232,6 +233,11 @@ def _shape_of(
         return None, leaves
     shape: list[Any] = []
     for message in messages:
+        text = message.get("content")
+        if len(message) == 2 and type(text) is str and next(iter(message)) == "role":
+            shape += "role", message["role"], "content", None
+            leaves.append(text)
+            continue
         for key, value in message.items():
             shape.append(key)
             if key == "role":

@@ -1,0 +1,26 @@
+"""Texts that are made again and again, kept by what they are made of."""
+
+from __future__ import annotations
+
+__all__ = ["Kept"]
+
+_LONGEST, _MOST = 2**13, 2**21  # characters of one, with what it is made of, and of all
+
+
+class Kept:
+    """What was made, by what it was made of; all is forgotten when it is too much."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+        self._size = 0
+
+    def keep(self, of: str, text: str) -> str:
+        """`text`, which is found under `of` from now on."""
+        size = len(of) + len(text)
+        if size <= _LONGEST:
+            if self._size + size > _MOST:
+                self.texts.clear()
+                self._size = 0
+            self.texts[of] = text
+            self._size += size
+        return text
