@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -31,10 +32,21 @@ def test_json_is_the_same_however_often_it_was_written(values: list[Any]) -> Non
 
 @given(values=st.lists(VALUES, min_size=1, max_size=8))
 def test_what_is_written_of_tools_is_that_of_no_other_tools(values: list[Any]) -> None:
-    written = OfTools(lambda tools, indent=None: repr((tools, indent)), Meter(Bounds()))
+    same = Kept()
+    one, other = (OfTools(name, partial(written, name), Meter(Bounds()), same) for name in "ab")
     for value in values * 2:
-        assert written([value]) == repr(([value], None))
-        assert written([value], indent=4) == repr(([value], 4))
+        for tools in ([value], (value,), [[value]], [(value,)]):
+            assert one(tools) == written("a", tools) and other(tools) == written("b", tools)
+            assert one(tools, indent=4) == written("a", tools, 4)
+
+
+def written(name: str, tools: Any, indent: Any = None) -> str:
+    return f"{name}{tools}{indent}"
+
+
+def test_half_characters_are_not_the_whole_one() -> None:
+    for text in ("\ud83d\ude00", "😀"):
+        assert tojson({"a": text}, indent=2) == json.dumps({"a": text}, indent=2, ensure_ascii=False)
 
 
 def test_only_so_much_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,8 +64,8 @@ def test_only_so_much_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_kept_is_counted_each_time() -> None:
     """A template may ask for the same text again and again."""
     meter = Meter(Bounds(built=10_000))
-    written = OfTools(lambda tools: "x" * 2000, meter)
+    long = OfTools("a", lambda tools: "x" * 2000, meter, Kept())
     meter.start()
     with pytest.raises(Exceeded):
         for _ in range(100):
-            written([1])
+            long([1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -217,8 +217,8 @@ def test_no_trace_no_plans() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=25, deadline=None)
-@given(some=st.lists(chats(), min_size=2, max_size=20))
+@settings(max_examples=15, deadline=None)
+@given(some=st.lists(chats(), min_size=2, max_size=16))
 def test_conversations_among_others_have_the_same_rows(family: str, some: list[tuple[Any, Any]]) -> None:
     """Many are encoded together: none may get what is another's."""
     made = encoder(family)
@@ -298,3 +298,25 @@ def test_a_difference_ends_the_run_and_rejects_no_row(monkeypatch: pytest.Monkey
     with pytest.raises(ChatlossError, match="rows by shape differ"):
         list(records(reader, made, ahead=True))
     assert not reader.n_rejected
+
+
+def test_little_is_held_of_conversations_that_wait() -> None:
+    """Neither the prompts of all turns, nor what a template held when it raised."""
+    shout = ("{%- for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | upper }}<|im_end|>\n{% endfor %}"
+             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    made = ChatEncoder.load(encoder("qwen2.5").loaded, shout)
+    chat = [one for k in range(20) for one in (user(f"Say {k}, please."), answer("as you wish " * 20))]
+    for _, found in made.examine_each([Conversation.from_messages(chat)] * 3):
+        assert isinstance(found, Encoding) and found.problems and not found.turns
+    taken = []
+
+    def given() -> Iterator[Conversation]:
+        for k in range(6):
+            taken.append(k)
+            yield Conversation.from_messages([user(f"Hello {k}."), answer("Hi there.")])
+
+    huge = "{{ 'a' * 1000000000 if messages[0].content.endswith('2.') }}"
+    made = ChatEncoder.load(encoder("qwen2.5").loaded, huge + shout)
+    for (_, found), k in zip(made.examine_each(given()), range(6), strict=True):
+        assert isinstance(found, ChatlossError) == (k == 2)
+        assert taken[-1] == (2 if k <= 2 else 5)

@@ -204,6 +204,15 @@ def test_a_shape_is_recorded_once_it_is_often_seen(monkeypatch: pytest.MonkeyPat
     assert [replayed(template, [([user(f"hi {k}"), answer("yo")], None)]) for k in range(7)] == [0, 0, 0, 0, 1, 2, 3]
 
 
+def test_what_cannot_be_recorded_is_seldom_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(shapes.Shapes, "_record", lambda *_: tried.append(1))
+    monkeypatch.setattr(shapes, "OFTEN", 4)
+    template = template_of(LOOP + "{{ m.content }}{% endfor %}")
+    replayed(template, [([user(f"hi {k}"), answer("yo")], None) for k in range(300)])
+    assert len(tried) == 2 + 300 // (shapes.LATER + 4) - 1
+
+
 def test_another_part_of_the_template_is_another_recording() -> None:
     template = template_of(LOOP + "{% if 'b' in m.content %}B{% endif %}{{ m.content }}{% endfor %}")
     assert replayed(template, [([user(word), answer(word)], None) for word in "abab"]) == 4

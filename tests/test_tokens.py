@@ -296,3 +296,26 @@ def test_a_turn_alone_is_encoded_as_among_others() -> None:
         fresh = turn_ids(load_tokenizer(tokenizer_directory()).tokens, t)
         used = turn_ids(encoder.tokens, t)
         assert used.ids.tolist() == fresh.ids.tolist() and used.context == fresh.context
+
+
+@pytest.mark.parametrize(("early", "late", "one", "other"), [
+    (["xy"], ["<a>", "<a>x"], "hello<a>xy", "hello<a>xz"),
+    (["rs"], ["<a>", "q<a>r"], "q<a>rs", "q<a>rt"),
+])
+def test_an_added_token_may_stand_where_another_one_gave_way(
+    early: list[str], late: list[str], one: str, other: str
+) -> None:
+    """Tokens that are matched late give way to those matched early; what they leave is matched by others."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(letters)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.add_tokens([AddedToken(text, normalized=False) for text in early])
+    made.add_tokens([AddedToken(text, normalized=True) for text in late])
+    tokens = FastTokens(made)
+    for text in (one, other, one):
+        assert tokens.encode(text).ids.tolist() == made.encode(text).ids
+
+
+def test_a_token_matched_late_is_a_cut_where_it_gives_way_to_none() -> None:
+    tokens = FastTokens(Tokenizer.from_file(str(assets.tokenizer_dir("deepseek-v3") / "tokenizer.json")))
+    assert "<｜Assistant｜>" in tokens._cuts.values()

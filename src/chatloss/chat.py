@@ -88,8 +88,8 @@ class Message:
         """
         if (plain := plain_message(data)) is not None:
             return plain
-        if type(data) is dict and data.keys() == _CALLING and data["role"] == "assistant" and (
-            type(data["tool_calls"]) is list and data["tool_calls"]
+        if type(data) is dict and data.keys() == _CALLING and type(data["role"]) is str and (
+            data["role"] == "assistant" and type(data["tool_calls"]) is list and data["tool_calls"]
         ):
             return cls("assistant", _content(data["content"], f"{where}.content"), None, _tool_calls(data, where))
         if not isinstance(data, Mapping):

@@ -31,7 +31,9 @@ def hard_cuts(tokenizer: Any, added: Mapping[int, Any]) -> dict[int, str]:
     late = {token.content for token in added.values() if token.normalized}
     early = {token.content for token in added.values()} - late
     if not _steps_of(tokenizer, "normalizer") and len(late) * len(early) <= _MOST:
-        early |= {text for text, found in _overlaps(early, late).items() if not found}
+        # What is matched late gives way to what is matched early, and so does not always stand where it could.
+        yielding = {text for text, found in _overlaps(early, late).items() if found}
+        early |= {text for text, found in _overlaps(yielding, late - yielding).items() if not found}
     return {i: token.content for i, token in added.items() if token.content in early and i < _LARGEST_CUT}
 
 

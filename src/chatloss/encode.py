@@ -159,7 +159,7 @@ class ChatEncoder:
     def examine_each(
         self, conversations: Iterable[Conversation]
     ) -> Iterator[tuple[Conversation, Encoding | ChatlossError]]:
-        """Every conversation with what `examine` gives or raises, in order; only some have their turns.
+        """Every conversation with what `examine` gives or raises, in order, but without turns.
 
         Much faster for many of the same shape. Up to `plans.each.AHEAD` are taken before the first is given back.
         """

@@ -112,12 +112,13 @@ class FlatTokens(FastTokens):
             return super().encode_each(texts)
         self._encoded += sum(map(len, texts))
         if self._encoded > self._next_sample:
-            tails, (*_, first, last) = found
+            tails, k = found[0], self._encoded % len(texts)
             assert tails.starts is not None and tails.ends is not None
-            begin = np.int32(sum(map(len, texts[:-1])))
+            first, last = found[1][k : k + 2]
+            begin = np.int32(sum(map(len, texts[:k])))
             own = Encoded(tails.ids[first:last], tails.starts[first:last] - begin, tails.ends[first:last] - begin)
-            self._compare(texts[-1], own)
-            self._next_sample = self._encoded + SAMPLE * len(texts[-1])
+            self._compare(texts[k], own)
+            self._next_sample = self._encoded + SAMPLE * len(texts[k])
         return found
 
     def _flat(self, texts: Sequence[str]) -> tuple[Encoded, list[int]] | None:

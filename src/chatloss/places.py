@@ -10,7 +10,7 @@ from chatloss.reference import Rendering, Turn, View
 from chatloss.sample import Reason
 from chatloss.stops import control_texts
 
-__all__ = ["Place", "Places", "Seen", "end_in", "place_in", "standing"]
+__all__ = ["Place", "Places", "Seen", "end_in", "fields_in", "place_in", "standing"]
 
 
 class Place(NamedTuple):
@@ -95,9 +95,7 @@ def place_in(
     """
     supplied = None
     if found is None:
-        fields = rendering.fields[i]
-        located = locate(seen.text, fields, start, end)
-        found = present(seen.text, fields, start, end) if isinstance(located, Missing) else located
+        found = fields_in(seen.text, rendering.fields[i], start, end)
     if rendering.conversation.messages[i].role == "assistant":
         before, plain = rendering.prompt(i), rendering.text(i)
         if before is not None and plain is not None and before != plain:
@@ -105,6 +103,12 @@ def place_in(
             if text.startswith(before[known:], known):
                 supplied = len(plain), len(before)
     return Place(end, found, supplied)
+
+
+def fields_in(text: str, fields: list[Field], start: int, end: int) -> Located:
+    """The fields of a message that stands from `start` to `end`, or those of them that are shown."""
+    located = locate(text, fields, start, end)
+    return present(text, fields, start, end) if isinstance(located, Missing) else located
 
 
 class Seen:

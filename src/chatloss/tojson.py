@@ -26,7 +26,7 @@ def tojson(
         return encoder.encode(x)
     # Indented text is made by Python code, and takes longer than all else that is done with a tool. What is the same in
     # one line is the same in many.
-    line = json.dumps(x, sort_keys=sort_keys)
+    line = json.dumps(x, ensure_ascii=False, sort_keys=sort_keys)
     found = known.texts.get(line)
     return known.keep(line, encoder.encode(x)) if found is None else found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from chatloss.chat import Conversation
@@ -36,7 +37,7 @@ class Usual(Protocol):
 
 
 def each(encoder: Usual, plans: RowPlans, conversations: Iterable[Conversation]) -> Iterator[Made]:
-    """Every conversation with its encoding, or with the error that it raised; turns are only in some of them."""
+    """Every conversation with its encoding, or with the error that it raised; without turns."""
     waiting: list[tuple[Conversation, Planned | Encoding | ChatlossError]] = []
     held = 0
     for conversation in conversations:
@@ -46,6 +47,8 @@ def each(encoder: Usual, plans: RowPlans, conversations: Iterable[Conversation])
             held += sum([len(draft.text) for draft in begun.drafts]) // 4
         elif isinstance(begun, Encoding):
             held += sum(map(len, begun.rows))
+        else:
+            held = AHEAD_TOKENS + 1  # an error holds what the template held when it was raised
         if len(waiting) == AHEAD or held > AHEAD_TOKENS:
             yield from _done(encoder, plans, waiting)
             waiting, held = [], 0
@@ -56,11 +59,11 @@ def _begun(encoder: Usual, plans: RowPlans, conversation: Conversation) -> Plann
     try:
         problems = encoder.control_problems(conversation)
         if problems:
-            return encoder.usual(conversation, problems)
+            return _kept(encoder.usual(conversation, problems))
         rendering = encoder.rendering(conversation)
         known = encoder.template.recall(rendering.messages, conversation.tools, **rendering.kwargs)
         if known is None:
-            return encoder.usual(conversation, [], rendering)
+            return _kept(encoder.usual(conversation, [], rendering))
         planned = plans.begun(*known, rendering)
         if isinstance(planned, Planned):
             return planned
@@ -71,9 +74,14 @@ def _begun(encoder: Usual, plans: RowPlans, conversation: Conversation) -> Plann
             plans.learn(*known, rendering, encoding)
         elif not _same(planned[0], encoding):
             raise _different(conversation)
-        return encoding
+        return _kept(encoding)
     except ChatlossError as error:
         return error
+
+
+def _kept(encoding: Encoding) -> Encoding:
+    """Without its turns, each of which holds all that is before it."""
+    return replace(encoding, turns=())
 
 
 def _done(
@@ -100,7 +108,7 @@ def _finished(
         return _different(conversation)
     if not rows:
         plans.learn(begun.recording, begun.texts, begun.rendering, encoding)
-    return encoding
+    return _kept(encoding)
 
 
 def _same(one: Encoding, other: Encoding) -> bool:

@@ -55,7 +55,10 @@ class Refused:
 
     def of(self, messages: Sequence[Message]) -> Encoding | None:
         """What another conversation of the shape gives."""
-        return None if _wishes(messages) else self.encoding
+        if _wishes(messages):
+            return None
+        outcomes, untrained = dict(self.encoding.outcomes), dict(self.encoding.untrained)
+        return Encoding([], outcomes, untrained, self.encoding.problems)
 
 
 def _wishes(messages: Sequence[Message]) -> bool:

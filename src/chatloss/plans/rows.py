@@ -16,7 +16,7 @@ from itertools import accumulate
 import numpy as np
 
 from chatloss.fields import SHORT, Missing, locate
-from chatloss.places import Seen, end_in, place_in
+from chatloss.places import Seen, end_in, fields_in
 from chatloss.plans.placed import Cut, Draft, Layout, Placed
 from chatloss.reference import Rendering
 from chatloss.sample import Decode, Reason, Sample, Span
@@ -198,7 +198,7 @@ def _drafted(row: Row, texts: Sequence[str], rendering: Rendering) -> Draft | No
             return None
     if row.shown:
         at, offset = row.places[row.context]
-        shown = _shown(row, rendering, text[: ends[at] + offset], text, ends)
+        shown = _shown(row, rendering, text[: ends[at] + offset], ends)
         if shown is None:
             return None
         chars = [ends[at] + offset if at >= 0 else shown[offset] for at, offset in row.places]
@@ -239,17 +239,18 @@ def _spans(starts: Sequence[int], values: Values) -> tuple[Span, ...]:
     return tuple(map(_span, zip(starts, starts[1:], *values, strict=False)))
 
 
-def _shown(row: Row, rendering: Rendering, prompt: str, text: str, ends: Sequence[int]) -> list[int] | None:
+def _shown(row: Row, rendering: Rendering, prompt: str, ends: Sequence[int]) -> list[int] | None:
     """Where the fields of earlier messages begin and end that are not written as they stand."""
     found: list[int] = []
     for k, (at, offset), (last, more), places, by_text in row.shown:
         begin, end, seen = ends[at] + offset, ends[last] + more, Seen(prompt)
-        there = None
+        fields = None
         if by_text:
-            ended, _, there = end_in(seen, rendering, k, begin)
+            ended, _, fields = end_in(seen, rendering, k, begin)
             if ended != end:
                 return None
-        fields = place_in(seen, rendering, k, begin, end, text, found=there).fields
+        if fields is None:
+            fields = fields_in(prompt, rendering.fields[k], begin, end)
         if len(fields) != len(places):
             return None
         for (a, b, _), ((at, offset), within) in zip(fields, places, strict=True):

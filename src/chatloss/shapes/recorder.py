@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NoReturn
@@ -66,6 +65,7 @@ class Recorder:
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
         self._of_tools: dict[Any, OfTools] = {}
+        self._kept_of_tools = Kept()
         self.tick = meter.tick
         self.begin()
 
@@ -134,7 +134,7 @@ class Recorder:
             return None
         known = self._of_tools.get(name)
         if known is None:
-            known = self._of_tools[name] = OfTools(function, self.meter)
+            known = self._of_tools[name] = OfTools(name, function, self.meter, self._kept_of_tools)
         return self.step(name, known, given, named, fixed=True)
 
     def listed(self, value: Any) -> Any:
@@ -328,14 +328,11 @@ class Recorder:
 class OfTools:
     """A function of tools and scalars alone. Chats come with the same tools again and again."""
 
-    def __init__(self, function: Callable[..., str], meter: Meter) -> None:
-        self._function, self._meter, self._kept = function, meter, Kept()
+    def __init__(self, name: Any, function: Callable[..., str], meter: Meter, kept: Kept) -> None:
+        self._name, self._function, self._meter, self._kept = name, function, meter, kept
 
     def __call__(self, *args: Any, **kwargs: Any) -> str:
-        try:
-            of = json.dumps((args, kwargs))
-        except (TypeError, ValueError, RecursionError):
-            return self._function(*args, **kwargs)
+        of = repr((self._name, args, kwargs))  # JSON would not tell a tuple from a list
         self._meter.tick(len(of) >> 4)
         found = self._kept.texts.get(of)
         if found is None:

@@ -155,7 +155,7 @@ class Shapes:
     def _often(self, key: Any) -> bool:
         """Whether a recording is worth its time, after so many conversations that had to do without."""
         seen = self._seen.pop(hash(key), 0) + 1
-        self._seen[hash(key)] = seen % OFTEN
+        self._seen[hash(key)] = seen if seen < 0 else seen % OFTEN
         if len(self._seen) > KNOWN:
             self._seen.popitem(last=False)
         return seen == OFTEN
