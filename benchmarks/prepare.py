@@ -219,23 +219,17 @@ def differences(pair: str, data: str) -> dict[str, int]:
     """How many rows there are, and of how many chats the reference makes something else."""
     from dataclasses import replace
 
+    from chatloss.plans.plans import same_encodings
+
     fast, plain = job_of(pair, "fast").encoder(), job_of(pair, "reference").encoder()
     plain = replace(plain, template=replace(plain.template, trace=False))
     found: Counter[str] = Counter()
     for chat, one in fast.examine_each(conversations(copies(data, COPIES_TO_COMPARE[data]))):
         other = plain.examine(chat)
-        found.update(chats=1, rows=len(one.rows), tokens=sum(map(len, one.rows)), differing=not same(one, other))
+        differing = not same_encodings(one, other)
+        found.update(chats=1, rows=len(one.rows), tokens=sum(map(len, one.rows)), differing=differing)
     assert fast._plans is not None
     return {**found, "planned": fast._plans.planned}
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two encodings have the same ids, spans with weights, turns and problems."""
-    from chatloss.plans.plans import same_rows
-
-    return same_rows(one.rows, other.rows) and (
-        (one.outcomes, one.untrained, one.problems) == (other.outcomes, other.untrained, other.problems)
-    )
 
 
 def conversations(rows: list[dict[str, Any]]) -> Iterator[Any]:

@@ -284,7 +284,7 @@ def test_what_the_template_refuses_in_every_turn_is_known_by_shape(monkeypatch: 
     wish[1] = {**wish[1], "train": False}
     assert planned(made, wish, [conformance.LOOKUP]) == last + 1
     monkeypatch.setattr(plans, "SAMPLE", 1)
-    monkeypatch.setattr(each, "same_rows", lambda *_: False)
+    monkeypatch.setattr(each, "same_encodings", lambda *_: False)
     with pytest.raises(ChatlossError, match="rows by shape differ"):
         examined(made, Conversation.from_messages(chat(), [conformance.LOOKUP]))
 

@@ -9,7 +9,7 @@ from typing import Protocol
 from chatloss.chat import Conversation
 from chatloss.encoding import Encoding, Problem
 from chatloss.errors import ChatlossError
-from chatloss.plans.plans import Planned, RowPlans, same_rows
+from chatloss.plans.plans import Planned, RowPlans, same_encodings, same_rows
 from chatloss.reference import Rendering
 from chatloss.sample import Sample
 from chatloss.template import ChatTemplate
@@ -59,11 +59,11 @@ def _begun(encoder: Usual, plans: RowPlans, conversation: Conversation) -> Plann
     try:
         problems = encoder.control_problems(conversation)
         if problems:
-            return _kept(encoder.usual(conversation, problems))
+            return _without_turns(encoder.usual(conversation, problems))
         rendering = encoder.rendering(conversation)
         known = encoder.template.recall(rendering.messages, conversation.tools, **rendering.kwargs)
         if known is None:
-            return _kept(encoder.usual(conversation, [], rendering))
+            return _without_turns(encoder.usual(conversation, [], rendering))
         planned = plans.begun(*known, rendering)
         if isinstance(planned, Planned):
             return planned
@@ -72,15 +72,15 @@ def _begun(encoder: Usual, plans: RowPlans, conversation: Conversation) -> Plann
         encoding = encoder.usual(conversation, [], rendering)
         if planned is None:
             plans.learn(*known, rendering, encoding)
-        elif not _same(planned[0], encoding):
+        elif not same_encodings(planned[0], encoding):
             raise _different(conversation)
-        return _kept(encoding)
+        return _without_turns(encoding)
     except ChatlossError as error:
         return error
 
 
-def _kept(encoding: Encoding) -> Encoding:
-    """Without its turns, each of which holds all that is before it."""
+def _without_turns(encoding: Encoding) -> Encoding:
+    """What may wait: a turn holds all that is before it."""
     return replace(encoding, turns=())
 
 
@@ -108,14 +108,7 @@ def _finished(
         return _different(conversation)
     if not rows:
         plans.learn(begun.recording, begun.texts, begun.rendering, encoding)
-    return _kept(encoding)
-
-
-def _same(one: Encoding, other: Encoding) -> bool:
-    """Whether two encodings are the same but for turns that were not asked for."""
-    return same_rows(one.rows, other.rows) and (
-        (one.outcomes, one.untrained, one.problems) == (other.outcomes, other.untrained, other.problems)
-    )
+    return _without_turns(encoding)
 
 
 def _different(conversation: Conversation) -> ChatlossError:

@@ -12,13 +12,13 @@ from chatloss.chat import Message
 from chatloss.encoding import Encoding
 from chatloss.plans.placed import Draft, Placed, placed
 from chatloss.plans.reading import row_plan
-from chatloss.plans.rows import RowPlan
+from chatloss.plans.rows import RowPlan, wishes
 from chatloss.reference import Rendering
 from chatloss.sample import Decode, Sample
 from chatloss.shapes.shapes import Recording
 from chatloss.tokens import FastTokens
 
-__all__ = ["Planned", "RowPlans", "same_rows"]
+__all__ = ["Planned", "RowPlans", "same_encodings", "same_rows"]
 
 # A plan that has failed more often than served is made anew; a shape that gives none is tried so often.
 FIRST_WORTH, MOST_WORTH, MOST_TRIES = 8, 32, 16
@@ -45,7 +45,7 @@ class Refused:
     @classmethod
     def read(cls, recording: Recording, messages: Sequence[Message], encoding: Encoding) -> Refused | None:
         """That of a conversation, if its problems depend on nothing but what the recording refuses."""
-        if _wishes(messages) or encoding.rows or not encoding.turns:
+        if wishes(messages) or encoding.rows or not encoding.turns:
             return None
         for turn in encoding.turns:
             asked = (turn.index, messages[turn.index].role == "assistant"), (turn.index + 1, False)
@@ -55,14 +55,10 @@ class Refused:
 
     def of(self, messages: Sequence[Message]) -> Encoding | None:
         """What another conversation of the shape gives."""
-        if _wishes(messages):
+        if wishes(messages):
             return None
         outcomes, untrained = dict(self.encoding.outcomes), dict(self.encoding.untrained)
         return Encoding([], outcomes, untrained, self.encoding.problems)
-
-
-def _wishes(messages: Sequence[Message]) -> bool:
-    return any(message.train is not None or message.weight is not None for message in messages)
 
 
 class RowPlans:
@@ -149,6 +145,13 @@ class RowPlans:
         drafts = plan.drafts(recording, texts, rendering)
         found: list[Placed | None] = placed(drafts or (), self._tokens)
         return plan.samples(found, rendering, self._decode) if drafts else None
+
+
+def same_encodings(one: Encoding, other: Encoding) -> bool:
+    """Whether two encodings are the same but for their turns."""
+    return same_rows(one.rows, other.rows) and (
+        (one.outcomes, one.untrained, one.problems) == (other.outcomes, other.untrained, other.problems)
+    )
 
 
 def same_rows(some: Sequence[Sample], others: Sequence[Sample]) -> bool:

@@ -17,7 +17,7 @@ from chatloss.fields import Field, Missing, locate
 from chatloss.places import Seen, end_in, place_in
 from chatloss.plans.pieces import Pieces, Unlike
 from chatloss.plans.placed import Cut
-from chatloss.plans.rows import Aside, Place, Row, RowPlan, Values
+from chatloss.plans.rows import Aside, Place, Row, RowPlan, Values, wishes
 from chatloss.reference import Rendering, Turn
 from chatloss.sample import Reason, Sample, Span
 from chatloss.shapes.shapes import Recording
@@ -65,7 +65,7 @@ class _Plan:
         messages = self._rendering.conversation.messages
         if not rows or messages[0].role == "assistant":
             raise Unlike("what is rendered before the first message is somebody else's")
-        if any(message.train is not None or message.weight is not None for message in messages):
+        if wishes(messages):
             raise Unlike("a wish of the data, which others do not have")
         for turn in self._turns.values():
             if turn.outcome != "reachable" or turn.stop != "rendered" or turn.trimmed:
@@ -103,9 +103,7 @@ class _Plan:
     ) -> Iterator[tuple[int, int]]:
         """Rows that must be longer than row `k`, because they have turns that may share it: the longest has them."""
         base = self._turns[inside[k][-1]]
-        world = self._pieces.world(base.index + 1)
-        cut, offset = self._pieces.place(world, self._pieces.starts(world), len(base.prompt) + len(base.target))
-        whole: list[int | str] = [*world[:cut], self._texts[world[cut]][:offset] if offset else ""]
+        whole = self._pieces.own(base)
         for i, members in enumerate(inside):
             others = [self._turns[one] for one in members if one < base.index and i != k]
             if any(self._pieces.begins(self._pieces.own(other), whole) is not False for other in others):

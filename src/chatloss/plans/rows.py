@@ -15,6 +15,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from chatloss.chat import Message
 from chatloss.fields import SHORT, Missing, locate
 from chatloss.places import Seen, end_in, fields_in
 from chatloss.plans.placed import Cut, Draft, Layout, Placed
@@ -23,7 +24,7 @@ from chatloss.sample import Decode, Reason, Sample, Span
 from chatloss.shapes.shapes import Recording
 from chatloss.tokens import Ids
 
-__all__ = ["Aside", "Place", "Row", "RowPlan", "Values", "alike"]
+__all__ = ["Aside", "Place", "Row", "RowPlan", "Values", "alike", "wishes"]
 
 # A place in a row: the piece, and how many characters behind its beginning (0 in what is not the template's own text);
 # or -1 and which of the places that `shown` messages are found at.
@@ -119,9 +120,8 @@ class RowPlan:
     def drafts(self, recording: Recording, texts: Sequence[str], rendering: Rendering) -> list[Draft] | None:
         """What is to be encoded of a conversation, whose recording gave `texts`; None where its rows may be others."""
         messages = rendering.conversation.messages
-        for message in messages:
-            if message.train is not None or message.weight is not None:
-                return None
+        if wishes(messages):
+            return None
         for k, reasoning, pieces in self.told:
             text = messages[k].reasoning if reasoning else messages[k].content
             if not isinstance(text, str | None) or not _is(text or "", texts, pieces):
@@ -177,6 +177,11 @@ def _is(text: str, texts: Sequence[str], pieces: Sequence[int]) -> bool:
         if texts[piece] != text:
             return False
     return True
+
+
+def wishes(messages: Sequence[Message]) -> bool:
+    """Whether the data says of a message whether it is trained, or what it weighs: others of the shape do not."""
+    return any(message.train is not None or message.weight is not None for message in messages)
 
 
 def alike(text: str, other: str) -> bool:
