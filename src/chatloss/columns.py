@@ -6,23 +6,23 @@ ids and spans at its beginning are those of the last row of its conversation, wh
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, chain
-from operator import attrgetter
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from chatloss.lazy import LazySample, Strip, first_of, strip_of
 from chatloss.manifest import Counts
-from chatloss.sample import Reason, Sample, Span
+from chatloss.sample import Reason, Sample
+
+Ids = npt.NDArray[np.int32]
 
 __all__ = ["SPANS", "Part", "parts_of", "schema", "table"]
 
 SPANS = ("rest_span_ends", "rest_span_messages", "rest_span_weights", "rest_span_reasons")
-_SPAN = np.dtype([("start", "i4"), ("end", "i4"), ("message", "i4"), ("weight", "f4"), ("reason", "u1")])
 _REASONS = {int(reason): reason.name.lower() for reason in Reason}
 
 
@@ -67,41 +67,44 @@ class Part(NamedTuple):
     shared_ids: int
     ids: npt.NDArray[np.int32]
     shared_spans: int
-    spans: tuple[Span, ...]
+    spans: Strip
     turns: tuple[Mapping[int, str], Mapping[int, str]] | None
 
 
 def parts_of(conversation: int, rows: Sequence[tuple[str, Sample]], export: str) -> list[Part]:
     """All (side, row) of one conversation, pair or judged answer. Labels share nothing: others read them."""
     last = rows[-1][1]
+    whole = last.input_ids, _strip(last)
     found = []
     for i, (side, row) in enumerate(rows, 1):
-        ids, spans, turns = 0, 0, (row.outcomes, row.untrained)
-        if i < len(rows) and export == "rows":
-            ids, spans = _shared(row, last)
-        alike = i < len(rows) and turns == (last.outcomes, last.untrained)
-        rest = row.input_ids[ids:].copy() if ids else row.input_ids  # a copy, to let go of the whole
-        found.append(
-            Part(conversation, side, row.source, ids, rest, spans, row.spans[spans:], None if alike else turns)
-        )
+        turns = (row.outcomes, row.untrained)
+        if i == len(rows) or export != "rows":
+            found.append(Part(conversation, side, row.source, 0, row.input_ids, 0, _strip(row), turns))
+            continue
+        alike = turns == (last.outcomes, last.untrained)
+        found.append(Part(conversation, side, row.source, *_rest(row, last, *whole), None if alike else turns))
     return found
 
 
-def _shared(row: Sample, last: Sample) -> tuple[int, int]:
-    """How many ids, and how many spans of these ids, are the same at the beginning of two rows."""
-    size = min(len(row), len(last))
-    differing = row.input_ids[:size] != last.input_ids[:size]
-    first = int(differing.argmax()) if size else 0
-    ids = first if size and differing[first] else size
-    spans = min(bisect_right(row.spans, ids, key=attrgetter("end")), len(last.spans))
-    same = 0
-    while same < spans:  # rows of one conversation mostly share the very objects: whole parts are quickly compared
-        middle = (same + spans + 1) // 2
-        if row.spans[same:middle] == last.spans[same:middle]:
-            same = middle
-        else:
-            spans = middle - 1
-    return ids, same
+def _strip(row: Sample) -> Strip:
+    return row.strip if isinstance(row, LazySample) and row.base is None else strip_of(row.spans)
+
+
+def _rest(row: Sample, last: Sample, ids: Ids, spans: Strip) -> tuple[int, Ids, int, Strip]:
+    """How many ids are the same at the beginning of a row and the last one, and how many spans of these; and the rest.
+    """
+    if isinstance(row, LazySample) and row.base is last:
+        return row.n_ids, row.ids, row.n_spans, row.strip
+    own, strip = row.input_ids, strip_of(row.spans)
+    shared = _same(own, ids)
+    more = strip.alike(spans, 0, shared)
+    return shared, own[shared:].copy(), more, strip.behind(more)  # a copy, to let go of the whole
+
+
+def _same(one: Ids, other: Ids) -> int:
+    """How many ids at the beginning of two rows are the same."""
+    size = min(len(one), len(other))
+    return first_of(one[:size] != other[:size])
 
 
 def table(parts: Sequence[Part], schema: Any, export: str) -> tuple[Any, Counts]:
@@ -117,17 +120,20 @@ class _Spans:
     """The spans that are stored in parts, in arrays; and what they count for, shared ones in each row that has them."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        self.of_row = [len(part.spans) for part in parts]
-        spans = np.fromiter(chain.from_iterable([part.spans for part in parts]), _SPAN, sum(self.of_row))
-        self.ends, self.messages = spans["end"], spans["message"]
-        self.weights, self.reasons = spans["weight"], spans["reason"]
-        self.lengths = spans["end"] - spans["start"]
-
+        self.of_row = [len(part.spans.ends) for part in parts]
+        self.ends = np.concatenate([part.spans.ends for part in parts])
+        values = [part.spans.values for part in parts]
+        self.messages, weights, self.reasons = (np.concatenate([one[i] for one in values]) for i in range(3))
+        self.weights = weights.astype(np.float32)
+        starts = np.concatenate(([0], self.ends[:-1]))
         first = np.array([0, *accumulate(self.of_row)])
+        some = np.flatnonzero(self.of_row)
+        starts[first[some]] = np.array([part.spans.start for part in parts])[some]
+        self.lengths = self.ends - starts
         _, which, rows = np.unique([part.conversation for part in parts], return_inverse=True, return_counts=True)
         begins = first[np.cumsum(rows) - 1][which]  # of the last row of each row's conversation
         ends = begins + [part.shared_spans for part in parts]
-        more = np.bincount(begins, minlength=len(spans) + 1) - np.bincount(ends, minlength=len(spans) + 1)
+        more = np.bincount(begins, minlength=len(starts) + 1) - np.bincount(ends, minlength=len(starts) + 1)
         times = 1 + np.cumsum(more[:-1])  # how many rows have each of the spans
         trained = np.where(self.weights != 0, self.lengths, 0)
         before = np.concatenate([[0], np.cumsum(trained)])

@@ -8,26 +8,26 @@ What the rows are, `group` and `sample` say, which ask for none of this. Whateve
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from chatloss.fields import Located
+from chatloss.lazy import LazySample, Strip, Values, first_of
 from chatloss.paint import FIELDS, Value, left_out, weight_in, why_not
 from chatloss.places import Place, Seen, end_in, place_in
 from chatloss.policy import Policy
 from chatloss.reference import Rendering, Turn
-from chatloss.sample import Decode, Reason, Sample, Span
+from chatloss.sample import Decode, Reason, Sample
 from chatloss.tokens import Branch, Encoded, FastTokens, Ids
 
 __all__ = ["straight"]
 
-_span = partial(tuple.__new__, Span)
 # What tokens are, from each of the first on until the next.
-_Strip = tuple[list[int], list[Value]]
+_Runs = tuple[list[int], list[Value]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +47,27 @@ class _Trunk:
     reaches: list[int]
     fields: list[Located | None]
 
-    def ids(self, k: int) -> Ids:
+    def ids(self, k: int) -> tuple[Ids, int]:
+        """The ids of a turn, less those at the beginning that are the trunk's; and how many these are."""
         _, size, shared, _, first, _ = branch = self.branches[k]
         if branch.along:
-            return self.encoded.ids[:size].copy()
-        return np.concatenate((self.encoded.ids[:shared], self.tails.ids[first : first + size - shared]))
+            return self.encoded.ids[size:size], size
+        own, others = self.tails.ids[first : first + size - shared], self.encoded.ids[shared:]
+        count = min(len(own), len(others))
+        same = first_of(own[:count] != others[:count])
+        return own[same:], shared + same
+
+
+class _Row(NamedTuple):
+    """The runs of a row whose last turn is number `base`: where each starts, and the last one ends, and its value.
+
+    The first `begun` are those of the history as it is before the last turn, where that is known.
+    """
+
+    base: int
+    starts: list[int]
+    values: list[Value]
+    begun: int = 0
 
 
 def straight(
@@ -67,17 +83,13 @@ def straight(
     rows = _grouped(trunk.branches) if policy.row_format != "per_turn" else [[k] for k in range(len(turns))]
     if policy.row_format == "multi_turn" and len(rows) > 1:
         return None
-    spans = _spans(trunk, rows, policy, untrained)
-    if spans is None:
+    runs = _runs(trunk, rows, policy, untrained)
+    if runs is None:
         return None
     outcomes = dict.fromkeys([turn.index for turn in turns], "exact")
     for row in rows[:-1]:
         outcomes.update(dict.fromkeys([turns[k].index for k in row], "split"))
-    source = rendering.conversation.source
-    return [
-        Sample.whole(trunk.ids(row[-1]), found, dict(outcomes), source, dict(untrained), decode)
-        for row, found in zip(rows, spans, strict=True)
-    ]
+    return _samples(trunk, runs, outcomes, untrained, decode)
 
 
 def _trunk(rendering: Rendering, turns: Sequence[Turn], tokens: FastTokens) -> _Trunk | None:
@@ -135,10 +147,10 @@ def _grouped(branches: Sequence[Branch]) -> list[list[int]]:
     return sorted(rows, key=lambda row: row[-1])
 
 
-def _spans(
+def _runs(
     trunk: _Trunk, rows: Sequence[Sequence[int]], policy: Policy, untrained: Mapping[int, str]
-) -> list[tuple[Span, ...]] | None:
-    """The spans of each row."""
+) -> list[_Row] | None:
+    """The runs of each row."""
     rendering, many, off = trunk.rendering, len(rows) > 1, left_out(policy)
     messages, base = rendering.conversation.messages, trunk.turns[-1]
     trained = {turn.index: (turn, branch) for turn, branch in zip(trunk.turns, trunk.branches, strict=True)}
@@ -177,8 +189,8 @@ def _spans(
         return None
     if not many:
         whole = _joined(known, along.values)
-        return None if whole is None or not _leaves_first(whole) else [whole]
-    strips: dict[int, _Strip] = {}
+        return None if whole is None else [_Row(len(trunk.turns) - 1, *whole)]
+    strips: dict[int, _Runs] = {}
     for turn, branch, at in zip(trunk.turns, trunk.branches, own, strict=True):
         i = turn.index
         if branch.along:
@@ -191,59 +203,89 @@ def _spans(
 
 
 def _rows(
-    turns: Sequence[Turn], rows: Sequence[Sequence[int]], history: Sequence[_Strip], own: Mapping[int, _Strip]
-) -> list[tuple[Span, ...]] | None:
-    """The spans of rows, of which those with a single turn share the history. Strips are by message."""
-    strips = [*history[:-1], ([own[turns[-1].index][0][0]], [])]
-    before = _joined(*_chained(strips))
+    turns: Sequence[Turn], rows: Sequence[Sequence[int]], history: Sequence[_Runs], own: Mapping[int, _Runs]
+) -> list[_Row] | None:
+    """The runs of each row, of which those with a single turn begin with the history. All are by message."""
+    before = _joined(*_chained([*history[:-1], ([own[turns[-1].index][0][0]], [])]))
     if before is None:
         return None
-    starts = [span.start for span in before]
-    made: list[tuple[Span, ...]] = []
+    made: list[_Row] = []
     for row in rows:
         last = turns[row[-1]].index
-        if len(row) > 1:
-            members = {turns[k].index for k in row}
-            strips = [own[i] if i in members else history[i] for i in range(last + 1)]
-            found = _joined(*_chained(strips))
-        else:
-            found = _joined(*own[last])
-            if found is not None:
-                found = before[: bisect_left(starts, found[0].start)] + found
-        if found is None or not _leaves_first(found):
+        members = {turns[k].index for k in row}
+        found = _joined(*own[last] if len(row) == 1 else _chained(
+            [own[i] if i in members else history[i] for i in range(last + 1)]))
+        if found is None:
             return None
-        made.append(found)
+        begun = bisect_left(before[0], found[0][0], hi=len(before[1])) if len(row) == 1 else 0
+        made.append(_Row(row[-1], before[0][:begun] + found[0], before[1][:begun] + found[1], begun))
     return made
 
 
-def _chained(strips: Sequence[_Strip]) -> _Strip:
-    """Strips as one: each ends where the next one begins."""
+def _chained(strips: Sequence[_Runs]) -> _Runs:
+    """Runs as one: each ends where the next one begins."""
     return (
         [token for tokens, _ in strips for token in tokens],
         [value for _, values in strips for value in values],
     )
 
 
-def _joined(tokens: Sequence[int], values: Sequence[Value]) -> tuple[Span, ...] | None:
-    """The spans of a strip, the last of whose tokens ends them; None where the tokens step back."""
-    made: list[Span] = []
-    start, held = 0, None
+def _joined(tokens: Sequence[int], values: Sequence[Value]) -> _Runs | None:
+    """The runs that have tokens, equal ones as one, and where the last one ends; None where the tokens step back."""
+    starts: list[int] = []
+    kept: list[Value] = []
+    held = None
     for token, following, value in zip(tokens, tokens[1:], values, strict=False):
         if token > following:
             return None
         if token < following and value != held:
-            if held is not None:
-                made.append(_span((start, token, *held)))
-            start, held = token, value
+            starts.append(token)
+            kept.append(value)
+            held = value
     if held is None:
         return None
-    made.append(_span((start, tokens[-1], *held)))
-    return tuple(made)
+    starts.append(tokens[-1])
+    return starts, kept
 
 
-def _leaves_first(spans: Sequence[Span]) -> bool:
-    """Whether a row begins with what is not trained: nothing predicts its first token."""
-    return spans[0].start == 0 and not spans[0].weight and not spans[0].reason.trained
+def _samples(
+    trunk: _Trunk, rows: Sequence[_Row], outcomes: Mapping[int, str], untrained: Mapping[int, str], decode: Decode
+) -> list[Sample] | None:
+    """The rows, each of what its last turn has of its own behind what it has in common with the last row."""
+    last = rows[-1]
+    ends: list[int] = []
+    values: list[Value] = []
+    parts: list[tuple[int, Ids, int, int]] = []
+    # The longest history that a row begins with, and how much of that the last one has too.
+    history = max(rows, key=lambda row: row.begun)
+    known = _same(history, last, 0, history.begun)
+    for row in rows:
+        if row.starts[0] or row.values[0][1] or row.values[0][2].trained:
+            return None  # nothing predicts the first token of a row
+        ids, shared, same = trunk.encoded.ids.copy(), 0, 0
+        if row is not last:
+            ids, shared = trunk.ids(row.base)
+            inside = bisect_right(row.starts, shared) - 1
+            same = _same(row, last, min(inside, known, row.begun), inside)
+        parts.append((len(ends), ids, shared, same))
+        ends += row.starts[same + 1 :]
+        values += row.values[same:]
+    source, all_ends, all_values = trunk.rendering.conversation.source, np.array(ends, np.int32), Values.of(values)
+    told = dict(outcomes), source, dict(untrained), decode
+    made: list[LazySample] = []
+    for row, (at, ids, shared, same) in zip(reversed(rows), reversed(parts), strict=True):
+        end = at + len(row.values) - same
+        strip = Strip(row.starts[same], all_ends[at:end], all_values.part(at, end))
+        made.append(LazySample.of(ids, strip, *told, (made[0], shared, same) if made else None))
+    return [*reversed(made)]
+
+
+def _same(row: _Row, last: _Row, same: int, most: int) -> int:
+    """How many runs of a row are the last one's, of the first `most`, if the first `same` are."""
+    most = min(most, len(last.values))
+    while same < most and row.starts[same + 1] == last.starts[same + 1] and row.values[same] == last.values[same]:
+        same += 1
+    return same
 
 
 class _Events:

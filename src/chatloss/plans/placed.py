@@ -53,15 +53,29 @@ class Layout:
 
 
 class Draft(NamedTuple):
-    """A text to encode, and the characters of the places of its layout."""
+    """A text to encode, and the characters of the places of its layout.
+
+    `beside`: the text goes on from the last one before it that is beside none, at that one's first place of two; the
+    span that begins at the second is the first that they do not have in common.
+    """
 
     layout: Layout
     text: str
     chars: Sequence[int]
+    beside: tuple[int, int] | None = None
 
 
-# The ids of a text, and the token at each of its places.
-Placed = tuple[Ids, list[int]]
+class Placed(NamedTuple):
+    """The ids of a text, and the token at each of its places.
+
+    Of a text beside another, behind the first `shared` ids of that, which are all that they begin with alike; `begin`
+    is the token at which the first span begins that is not the same.
+    """
+
+    ids: Ids
+    places: Ids
+    shared: int
+    begin: int
 
 
 def placed(drafts: Sequence[Draft], tokens: FastTokens) -> list[Placed | None]:
@@ -87,12 +101,43 @@ def placed(drafts: Sequence[Draft], tokens: FastTokens) -> list[Placed | None]:
     failed |= at[base + [layout.spans for layout in layouts]] != firsts[1:]
     _cut(layouts, encoded.ids, at, base, failed)
 
-    places, ids = (at - firsts[:-1].repeat(counts)).tolist(), encoded.ids
-    ends = [*accumulate(layout.count for layout in layouts)]
+    at -= firsts[:-1].repeat(counts)
+    shared, begin, same = np.zeros((3, len(drafts)), np.intp)
+    _beside(drafts, encoded.ids, firsts, at, base, (shared, begin, same), failed)
+    places, ids = (at + shared.repeat(counts)).astype(np.int32), encoded.ids
     return [
-        None if bad else (ids[first:last], places[end - layout.count : end])
-        for bad, first, last, end, layout in zip(failed.tolist(), found, found[1:], ends, layouts, strict=False)
+        None if bad else Placed(ids[first:last], places[end - layout.count : end], known, start)
+        for bad, first, last, end, layout, known, start in zip(
+            failed.tolist(), (firsts[:-1] + same).tolist(), found[1:], accumulate(layout.count for layout in layouts),
+            layouts, (shared + same).tolist(), begin.tolist(), strict=True,
+        )
     ]
+
+
+def _beside(
+    drafts: Sequence[Draft], ids: Ids, firsts: npt.NDArray[np.intp], at: npt.NDArray[np.intp],
+    base: npt.NDArray[np.intp], made: tuple[npt.NDArray[np.intp], ...], failed: npt.NDArray[np.bool_],
+) -> None:
+    """Find out about texts beside another: the token of that at which they go on from it, that of their first own span,
+    and how many of their own ids are still the same. `at`: the tokens at places, `base`: the first place of each text.
+    """
+    own = np.array([i for i, draft in enumerate(drafts) if draft.beside is not None], np.intp)
+    if not len(own):
+        return
+    shared, begin, same = made
+    trunk = np.arange(len(drafts))
+    trunk[own] = 0
+    trunk = np.maximum.accumulate(trunk)[own]
+    cut, before = (base[trunk] + of_trunk for of_trunk in np.array([drafts[i].beside for i in own]).T)
+    shared[own], begin[own] = at[cut], at[before]
+    sizes = firsts[own + 1] - firsts[own]
+    within = np.arange(sizes.sum()) - (sizes.cumsum() - sizes).repeat(sizes)
+    mine, others = (first.repeat(sizes) + within for first in (firsts[own], firsts[trunk] + shared[own]))
+    alike = (ids[mine] == ids.take(others, mode="clip")) & (others < firsts[trunk + 1].repeat(sizes))
+    same[own] = np.minimum.reduceat(np.where(alike, sizes.repeat(sizes), within), sizes.cumsum() - sizes)
+    known = shared[own] + same[own]
+    failed[own] |= failed[trunk] | (same[own] == sizes) | (begin[own] > known)
+    failed[own] |= at[base[own]] + shared[own] <= begin[own]
 
 
 def _cut(

@@ -14,12 +14,13 @@ from itertools import chain, count, pairwise
 import numpy as np
 
 from chatloss.fields import Field, Missing, locate
+from chatloss.lazy import Values
 from chatloss.places import Seen, end_in, place_in
 from chatloss.plans.pieces import Pieces, Unlike
 from chatloss.plans.placed import Cut
-from chatloss.plans.rows import Aside, Place, Row, RowPlan, Values, wishes
+from chatloss.plans.rows import Aside, Place, Row, RowPlan, wishes
 from chatloss.reference import Rendering, Turn
-from chatloss.sample import Reason, Sample, Span
+from chatloss.sample import Reason, Sample
 from chatloss.shapes.shapes import Recording
 from chatloss.tokens import NOTHING, Encoded, FastTokens, Ids
 
@@ -38,15 +39,6 @@ def row_plan(
         return _Plan(recording, texts, rendering, turns, tokens).of(rows, apart)
     except Unlike:
         return None
-
-
-def _values(spans: Sequence[Span]) -> Values:
-    return tuple(s.message for s in spans), tuple(s.weight for s in spans), tuple(s.reason for s in spans)
-
-
-def _part(values: Values, first: int, last: int | None) -> Values:
-    messages, weights, reasons = values
-    return messages[first:last], weights[first:last], reasons[first:last]
 
 
 class _Plan:
@@ -184,7 +176,7 @@ class _Plan:
             tuple(pieces), tail,
             tuple((-1, moved.index(char)) if char in moved else place(char) for char in chars)
             + tuple(place(char) for cut in cuts for char in cut[:3]),
-            _values(row.spans), loose,
+            Values.of([span[2:] for span in row.spans]), loose,
             tuple(Cut(i, i + 1, i + 2, *cut[3:]) for i, cut in zip(count(len(chars), 3), cuts, strict=False)),
             chars.index(edges[0]), tuple(found), tuple(ended),
             tuple((k, place, chars.index(last), reasons) for k, place, last, reasons in called), tuple(shown),
@@ -349,17 +341,17 @@ class _Plan:
         skipped = self._texts[row.pieces[at]][:offset]
         if row.pieces[:at] != trunk.pieces[:at] or not self._texts[trunk.pieces[at]].startswith(skipped):
             return None
-        places = row.places[context : len(row.values[0]) + 1]
+        places = row.places[context : len(row.values.messages) + 1]
         if (at, offset) > trunk.places[trunk.context] or any(a < at for a, _ in places):
             return None
         loose = {i - context: begins for i, begins in row.loose.items() if i >= context}
-        own = [one for one in row.found if one[0] >= at]
-        begins = {place for *_, place in own} | {place for _, place, *_ in row.called}
+        found = [one for one in row.found if one[0] >= at]
+        begins = {place for *_, place in found} | {place for _, place, *_ in row.called}
         same = (
             row.places[:context] == trunk.places[:context]
-            and _part(row.values, 0, context - 1) == _part(trunk.values, 0, context - 1)
+            and row.values.part(0, context - 1).same(trunk.values.part(0, context - 1))
             and all(trunk.loose.get(i) == row.loose.get(i) for i in range(context))
-            and {*row.found} - {*own} <= {*trunk.found} and {*row.ended} <= {*trunk.ended}
+            and {*row.found} - {*found} <= {*trunk.found} and {*row.ended} <= {*trunk.ended}
             and {*row.shown} <= {*trunk.shown} and begins <= {(at, offset)}
         )
         if not same:
@@ -370,8 +362,9 @@ class _Plan:
         text = "".join(self._texts[i] for i in row.pieces[: at + 1])
         if self._tokens.may_go_on(text[begin:edge]):
             return None  # an added token that is open there
+        own, others = row.values.part(context - 1), trunk.values.part(context - 1, context)
         return Aside(
             text[end:edge], cut.rest, offset, len(trunk.places) + 3 * before + 1, context, row.pieces[at:], row.tail,
-            tuple((a - at, more) for a, more in places), _part(row.values, context - 1, None), loose,
-            tuple((piece - at, wanted) for piece, wanted, _ in own), called,
+            tuple((a - at, more) for a, more in places), own, own.part(0, 1).same(others), loose,
+            tuple((piece - at, wanted) for piece, wanted, _ in found), called,
         )

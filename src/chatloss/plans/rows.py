@@ -10,28 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import accumulate
-
-import numpy as np
 
 from chatloss.chat import Message
 from chatloss.fields import SHORT, Missing, locate
+from chatloss.lazy import LazySample, Strip, Values
 from chatloss.places import Seen, end_in, fields_in
 from chatloss.plans.placed import Cut, Draft, Layout, Placed
 from chatloss.reference import Rendering
-from chatloss.sample import Decode, Reason, Sample, Span
+from chatloss.sample import Decode, Reason, Sample
 from chatloss.shapes.shapes import Recording
 from chatloss.tokens import Ids
 
-__all__ = ["Aside", "Place", "Row", "RowPlan", "Values", "alike", "wishes"]
+__all__ = ["Aside", "Place", "Row", "RowPlan", "alike", "wishes"]
 
 # A place in a row: the piece, and how many characters behind its beginning (0 in what is not the template's own text);
 # or -1 and which of the places that `shown` messages are found at.
 Place = tuple[int, int]
-# The message, weight and reason of each span.
-Values = tuple[tuple[int, ...], tuple[float, ...], tuple[Reason, ...]]
-_span = partial(tuple.__new__, Span)
 
 
 @dataclass(slots=True)
@@ -60,7 +55,7 @@ class Row:
     layout: Layout = field(init=False)
 
     def __post_init__(self) -> None:
-        self.layout = Layout(len(self.values[0]), len(self.places), self.loose, self.cuts)
+        self.layout = Layout(len(self.values.messages), len(self.places), self.loose, self.cuts)
 
 
 @dataclass(slots=True)
@@ -70,7 +65,7 @@ class Aside:
     Of the turn's own text, which begins in the first of its `pieces` behind `skipped` characters and ends with `tail`,
     are the first of `places`; before it stands `head`, which is all from the cut on. `cut` is the number of the longest
     row's place where that cut ends, `shared` how many of its places are before the turn. `values`, `loose`, `found`
-    and `called` are as in `Row`, of the turn alone.
+    and `called` are as in `Row`, of the turn alone. `alike`: its first span is like the longest row's there.
     """
 
     head: str
@@ -82,6 +77,7 @@ class Aside:
     tail: str
     places: tuple[Place, ...]
     values: Values
+    alike: bool
     loose: Mapping[int, bool]
     found: tuple[tuple[int, int], ...]
     called: tuple[int, int, tuple[Reason, ...]] | None
@@ -141,28 +137,23 @@ class RowPlan:
 
     def samples(self, found: Sequence[Placed | None], rendering: Rendering, decode: Decode) -> list[Sample] | None:
         """The rows of a conversation, of whose drafts this was found; None where they may be others."""
-        made: list[tuple[Ids, tuple[Span, ...]]] = []
-        ids, at = np.zeros(0, np.int32), [0]
-        spans: tuple[Span, ...] = ()
-        for one, placed in zip(self._all, found, strict=True):
-            if placed is None:
-                return None
-            own, there = placed
-            if isinstance(one, Row):
-                found_spans = _spans(there, one.values)
-                if not made:
-                    ids, at, spans = own, there, found_spans
-                made.append((own.copy(), found_spans))
-                continue
-            shared, before = at[one.cut], at[one.shared - 1]
-            starts = [before, *[token + shared for token in there]]
-            if starts[1] <= before or ids[shared : shared + len(own)].tobytes() == own.tobytes():
-                return None
-            made.append((np.concatenate((ids[:shared], own)), spans[: one.shared - 1] + _spans(starts, one.values)))
-        if not all(len(made[i][0]) > len(made[k][0]) for i, k in self.longer):
-            return None
         outcomes, untrained, source = dict(self.outcomes), dict(self.untrained), rendering.conversation.source
-        return [Sample.whole(*made[i], outcomes, source, untrained, decode) for i in self.order]
+        told = outcomes, source, untrained, decode
+        made: list[LazySample] = []
+        known = [one for one in found if one is not None]
+        if len(known) < len(found):
+            return None
+        for one, (ids, places, shared, begin) in zip(self._all, known, strict=True):
+            count = len(one.values.messages)
+            if isinstance(one, Row):
+                made.append(LazySample.of(ids.copy(), Strip(0, places[1 : count + 1], one.values), *told))
+                continue
+            strip, before = Strip(begin, places[:count], one.values), one.shared - 1
+            more = strip.alike(made[0].strip, before, shared) if one.alike else 0
+            made.append(LazySample.of(ids.copy(), strip.behind(more), *told, (made[0], shared, before + more)))
+        if not all(len(made[i]) > len(made[k]) for i, k in self.longer):
+            return None
+        return [made[i] for i in self.order]
 
 
 def _is(text: str, texts: Sequence[str], pieces: Sequence[int]) -> bool:
@@ -228,7 +219,7 @@ def _beside(one: Aside, texts: Sequence[str], rendering: Rendering) -> Draft | N
         k, last, reasons = one.called
         if not _calls(rendering, k, text, len(head), chars[last], reasons):
             return None
-    return Draft(one.layout, text, chars)
+    return Draft(one.layout, text, chars, (one.cut, one.shared - 1))
 
 
 def _calls(rendering: Rendering, k: int, text: str, begin: int, end: int, reasons: tuple[Reason, ...]) -> bool:
@@ -237,11 +228,6 @@ def _calls(rendering: Rendering, k: int, text: str, begin: int, end: int, reason
     if isinstance(found, Missing) or tuple([reason for *_, reason in found]) != reasons:
         return False
     return rendering.stops.end(text, found[-1][1]) == end
-
-
-def _spans(starts: Sequence[int], values: Values) -> tuple[Span, ...]:
-    """The spans from each of the first of `starts` to the next."""
-    return tuple(map(_span, zip(starts, starts[1:], *values, strict=False)))
 
 
 def _shown(row: Row, rendering: Rendering, prompt: str, ends: Sequence[int]) -> list[int] | None:
