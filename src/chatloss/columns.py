@@ -93,8 +93,14 @@ def _strip(row: Sample) -> Strip:
 def _rest(row: Sample, last: Sample, ids: Ids, spans: Strip) -> tuple[int, Ids, int, Strip]:
     """How many ids are the same at the beginning of a row and the last one, and how many spans of these; and the rest.
     """
-    if isinstance(row, LazySample) and row.base is last:
-        return row.n_ids, row.ids, row.n_spans, row.strip
+    if isinstance(row, LazySample):
+        if row.base is last:
+            return row.n_ids, row.ids, row.n_spans, row.strip
+        if isinstance(last, LazySample) and last.base is not None:
+            if row.base is last.base and row.n_ids < last.n_ids and row.n_spans < last.n_spans:
+                return row.n_ids, row.ids, row.n_spans, row.strip
+            if row is last.base:
+                return last.n_ids, row.ids[last.n_ids :], last.n_spans, row.strip.behind(last.n_spans)
     own, strip = row.input_ids, strip_of(row.spans)
     shared = _same(own, ids)
     more = strip.alike(spans, 0, shared)

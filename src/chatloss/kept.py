@@ -11,10 +11,10 @@ class Kept:
     """What was made, by what it was made of; all is forgotten when it is too much."""
 
     def __init__(self) -> None:
-        self.texts: dict[str, str] = {}
+        self.texts: dict[str | bytes, str] = {}
         self._size = 0
 
-    def keep(self, of: str, text: str) -> str:
+    def keep(self, of: str | bytes, text: str) -> str:
         """`text`, which is found under `of` from now on."""
         size = len(of) + len(text)
         if size <= _LONGEST:
