@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from chatloss.errors import DataError
 from chatloss.values import check_json, checked_text, is_text, kind_of, parse_json, shown
 
-__all__ = ["Conversation", "Label", "Message", "Preference", "Text", "ToolCall", "plain_message", "split_think"]
+__all__ = ["Conversation", "Label", "Message", "Preference", "Text", "ToolCall", "plain_message", "split_think",
+           "tools_of"]
 
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 TRAIN_KEYS = ("train", "training", "loss")  # ours, axolotl's, ms-swift's
@@ -150,7 +151,7 @@ class Conversation:
         if kwargs:
             check_json(kwargs, here)
         made = [m if isinstance(m, Message) else Message.from_dict(m, f"messages[{i}]") for i, m in enumerate(messages)]
-        return cls(messages=tuple(made), tools=_tools(tools), template_kwargs=kwargs, source=source)
+        return cls(messages=tuple(made), tools=tools_of(tools), template_kwargs=kwargs, source=source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +280,9 @@ def _tool_calls(data: Mapping[str, Any], where: str) -> tuple[ToolCall, ...]:
     calls, here = data.get("tool_calls"), f"{where}.tool_calls"
     if isinstance(calls, str):
         calls = parse_json(calls, here) if calls.strip() else None
-    if calls is not None and (isinstance(calls, str | Mapping) or not isinstance(calls, Sequence)):
+    if calls is not None and type(calls) is not list and (
+        isinstance(calls, str | Mapping) or not isinstance(calls, Sequence)
+    ):
         raise DataError(f"tool_calls must be a list, not {kind_of(calls)}", where=here, hint=_CALLS)
     if calls and old:
         raise DataError("a message has tool_calls or function_call, not both", where=here, hint="keep tool_calls")
@@ -287,10 +290,10 @@ def _tool_calls(data: Mapping[str, Any], where: str) -> tuple[ToolCall, ...]:
 
 
 def _tool_call(value: object, where: str) -> ToolCall:
-    if not isinstance(value, Mapping):
+    if type(value) is not dict and not isinstance(value, Mapping):
         raise DataError(f"a tool call must be an object, not {kind_of(value)}", where=where, hint=_CALLS)
     function = value.get("function", value)
-    if not isinstance(function, Mapping):
+    if type(function) is not dict and not isinstance(function, Mapping):
         raise DataError(f"function must be an object, not {kind_of(function)}", where=f"{where}.function", hint=_CALLS)
     name = function.get("name")
     name = checked_text(name, f"{where}.function.name")
@@ -299,7 +302,7 @@ def _tool_call(value: object, where: str) -> ToolCall:
     arguments = function.get("arguments", {})
     if arguments is None:
         arguments = {}
-    if not isinstance(arguments, str | Mapping):
+    if type(arguments) is not dict and not isinstance(arguments, str | Mapping):
         raise DataError(
             f"arguments must be an object or a JSON string, not {kind_of(arguments)}",
             where=f"{where}.function.arguments", hint=_CALLS,
@@ -308,17 +311,21 @@ def _tool_call(value: object, where: str) -> ToolCall:
     return ToolCall(name, arguments, _optional_text(value.get("id"), f"{where}.id"))
 
 
-def _tools(value: object) -> tuple[Mapping[str, Any], ...] | None:
+def tools_of(value: object) -> tuple[Mapping[str, Any], ...] | None:
+    """The tools of a conversation, from a list of JSON schemas or its JSON; None where there are none.
+
+    Raises `DataError` naming the tool.
+    """
     if value is None:
         return None
     if isinstance(value, str):
         value = parse_json(value, "tools") if value.strip() else []
-    if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
+    if type(value) is not list and (isinstance(value, str | Mapping) or not isinstance(value, Sequence)):
         raise DataError(f"tools must be a list, not {kind_of(value)}", where="tools", hint="give JSON schemas")
     tools = []
     for i, tool in enumerate(value):
         parsed = parse_json(tool, f"tools[{i}]") if isinstance(tool, str) else tool
-        if not isinstance(parsed, Mapping):
+        if type(parsed) is not dict and not isinstance(parsed, Mapping):
             raise DataError(f"a tool must be an object, not {kind_of(parsed)}", where=f"tools[{i}]", hint=_TOOLS)
         check_json(parsed, f"tools[{i}]")
         tools.append(dict(parsed))

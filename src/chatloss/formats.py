@@ -21,6 +21,7 @@ from chatloss.chat import (
     Text,
     plain_message,
     split_think,
+    tools_of,
 )
 from chatloss.errors import DataError
 from chatloss.values import checked_text, kind_of, parse_json
@@ -47,6 +48,7 @@ KEYING = (*LIST_KEYS, *PAIR_KEYS[0], *PAIR_KEYS[1], "instruction", "output", "pr
 # Every key of a row that is looked at: columnar files need not decode the others.
 EXTRA = ("input", "history", "system", "tools", "functions", "chat_template_kwargs", "label", "kto_tag")
 COLUMNS = (*KEYING, *EXTRA, *MEDIA_KEYS)
+_USUAL = {*LIST_KEYS[:1], "tools"}  # the keys of most rows
 
 SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
@@ -96,7 +98,7 @@ def parse(row: object, input_format: str, source: str = "") -> Row:
     'Add.\\n1 2'
     """
     try:
-        if not isinstance(row, Mapping):
+        if type(row) is not dict and not isinstance(row, Mapping):
             raise _bad(f"a row must be an object, not {kind_of(row)}", "", 'expected {"messages": [...]} or the like')
         _refuse_media(row, "")
         return _PARSERS[input_format](row, source)
@@ -146,7 +148,7 @@ def _messages(row: Mapping[str, Any], key: str) -> tuple[Message, ...]:
     value = row[key]
     if isinstance(value, str):
         value = parse_json(value, key)
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence):
+    if type(value) is not list and (isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence)):
         raise _bad(f"{key} must be a list, not {kind_of(value)}", key, 'expected [{"role": "user", "content": "..."}]')
     if not value:
         raise _bad(f"{key} is empty", key, "give it at least one message")
@@ -154,7 +156,7 @@ def _messages(row: Mapping[str, Any], key: str) -> tuple[Message, ...]:
 
 
 def _message(data: object, where: str) -> Message:
-    if not isinstance(data, Mapping):
+    if type(data) is not dict and not isinstance(data, Mapping):
         return Message.from_dict(data, where)
     _refuse_media(data, where)
     role = data.get("role")
@@ -221,6 +223,8 @@ def _with_parts_as_fields(data: Mapping[str, Any], where: str) -> Mapping[str, A
 
 def _conversation(row: Mapping[str, Any], messages: tuple[Message, ...], source: str) -> Conversation:
     """The messages with the row's system text, tools and template arguments."""
+    if row.keys() <= _USUAL and not messages[0].extra:
+        return Conversation(messages, tools_of(row.get("tools")), {}, source)
     messages = _with_system(row, messages)
     first = messages[0]
     # minimind keeps the tools of a chat in its system message.
