@@ -101,7 +101,7 @@ def _rest(row: Sample, last: Sample, ids: Ids, spans: Strip) -> tuple[int, Ids, 
                 return row.n_ids, row.ids, row.n_spans, row.strip
             if row is last.base:
                 return last.n_ids, row.ids[last.n_ids :], last.n_spans, row.strip.behind(last.n_spans)
-    own, strip = row.input_ids, strip_of(row.spans)
+    own, strip = row.input_ids, _strip(row)
     shared = _same(own, ids)
     more = strip.alike(spans, 0, shared)
     return shared, own[shared:].copy(), more, strip.behind(more)  # a copy, to let go of the whole

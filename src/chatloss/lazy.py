@@ -42,11 +42,12 @@ class Values(NamedTuple):
             and np.array_equal(self.reasons, other.reasons)
         )
 
-    def joined(self, other: Values) -> Values:
-        return Values(
-            np.concatenate((self.messages, other.messages)), np.concatenate((self.weights, other.weights)),
-            np.concatenate((self.reasons, other.reasons)),
-        )
+    def alike(self, other: Values) -> int:
+        """How many at their beginning are the same."""
+        size = min(len(self.messages), len(other.messages))
+        mine, others = self.part(0, size), other.part(0, size)
+        differing = (mine.messages != others.messages) | (mine.weights != others.weights)
+        return first_of(differing | (mine.reasons != others.reasons))
 
 
 class Strip(NamedTuple):
@@ -67,9 +68,8 @@ class Strip(NamedTuple):
         if not len(self.ends) or self.ends[0] > token:
             return 0
         size = min(int(self.ends.searchsorted(token, "right")), len(other.ends) - at)
-        mine, others = self.values.part(0, size), other.values.part(at, at + size)
-        differing = (self.ends[:size] != other.ends[at : at + size]) | (mine.messages != others.messages)
-        return first_of(differing | (mine.weights != others.weights) | (mine.reasons != others.reasons))
+        same = self.values.part(0, size).alike(other.values.part(at))
+        return first_of(self.ends[:same] != other.ends[at : at + same])
 
     def spans(self) -> tuple[Span, ...]:
         ends = self.ends.tolist()

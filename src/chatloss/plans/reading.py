@@ -362,9 +362,9 @@ class _Plan:
         text = "".join(self._texts[i] for i in row.pieces[: at + 1])
         if self._tokens.may_go_on(text[begin:edge]):
             return None  # an added token that is open there
-        own, others = row.values.part(context - 1), trunk.values.part(context - 1, context)
+        own, others = row.values.part(context - 1), trunk.values.part(context - 1)
         return Aside(
             text[end:edge], cut.rest, offset, len(trunk.places) + 3 * before + 1, context, row.pieces[at:], row.tail,
-            tuple((a - at, more) for a, more in places), own, own.part(0, 1).same(others), loose,
+            tuple((a - at, more) for a, more in places), own, own.alike(others), loose,
             tuple((piece - at, wanted) for piece, wanted, _ in found), called,
         )

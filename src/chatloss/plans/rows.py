@@ -65,7 +65,8 @@ class Aside:
     Of the turn's own text, which begins in the first of its `pieces` behind `skipped` characters and ends with `tail`,
     are the first of `places`; before it stands `head`, which is all from the cut on. `cut` is the number of the longest
     row's place where that cut ends, `shared` how many of its places are before the turn. `values`, `loose`, `found`
-    and `called` are as in `Row`, of the turn alone. `alike`: its first span is like the longest row's there.
+    and `called` are as in `Row`, of the turn alone. `alike`: how many of its spans are like the longest
+    row's there, but for where they end.
     """
 
     head: str
@@ -77,7 +78,7 @@ class Aside:
     tail: str
     places: tuple[Place, ...]
     values: Values
-    alike: bool
+    alike: int
     loose: Mapping[int, bool]
     found: tuple[tuple[int, int], ...]
     called: tuple[int, int, tuple[Reason, ...]] | None
@@ -149,7 +150,9 @@ class RowPlan:
                 made.append(LazySample.of(ids.copy(), Strip(0, places[1 : count + 1], one.values), *told))
                 continue
             strip, before = Strip(begin, places[:count], one.values), one.shared - 1
-            more = strip.alike(made[0].strip, before, shared) if one.alike else 0
+            more, others = 0, made[0].strip.ends
+            while more < one.alike and places[more] <= shared and places[more] == others[before + more]:
+                more += 1
             made.append(LazySample.of(ids.copy(), strip.behind(more), *told, (made[0], shared, before + more)))
         if not all(len(made[i]) > len(made[k]) for i, k in self.longer):
             return None
