@@ -171,7 +171,7 @@ def test_a_difference_is_an_error_and_not_a_row(monkeypatch: pytest.MonkeyPatch)
     for _ in range(4):
         planned(made, reworded(messages, 0.0, chance))
     monkeypatch.setattr(plans, "SAMPLE", 2)
-    monkeypatch.setattr(each, "same_rows", lambda *_: False)
+    monkeypatch.setattr(each, "same_encodings", lambda *_: False)
     with pytest.raises(ChatlossError, match="rows by shape differ"):
         for _ in range(2):
             examined(made, Conversation.from_messages(reworded(messages, 0.0, chance)))
@@ -191,7 +191,7 @@ def test_a_plan_is_not_made_of_a_lucky_chat() -> None:
 
 def test_the_first_rows_of_a_plan_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     made, chance = ChatEncoder.load(encoder("qwen2.5").loaded), random.Random(1)
-    monkeypatch.setattr(each, "same_rows", lambda *_: False)
+    monkeypatch.setattr(each, "same_encodings", lambda *_: False)
     with pytest.raises(ChatlossError, match="rows by shape differ"):
         for _ in range(4):
             examined(made, Conversation.from_messages(reworded(SHAPES["plain"][0], 0.0, chance)))
@@ -289,11 +289,28 @@ def test_what_the_template_refuses_in_every_turn_is_known_by_shape(monkeypatch: 
         examined(made, Conversation.from_messages(chat(), [conformance.LOOKUP]))
 
 
+def test_what_the_template_refuses_in_some_turns_leaves_the_rows_of_others_to_a_plan() -> None:
+    known, chance = encoder("deepseek-v3"), random.Random(5)
+    made = ChatEncoder.load(known.loaded, known.template.source)
+    silent = {**CALL, "content": None}
+
+    def chat() -> list[dict[str, Any]]:
+        return reworded([user("What is it about?"), answer("It is about a word."), user("What is the word?"), silent,
+                         result("four"), answer("It is four.")], 0.0, chance)
+
+    for _ in range(8):
+        last = planned(made, chat(), [conformance.LOOKUP])
+    assert last >= 4
+    found = examined(made, Conversation.from_messages(chat(), [conformance.LOOKUP]))
+    assert [problem.message for problem in found.problems] == [3, 5] and len(found.rows) == 1
+    assert found.outcomes == {1: "exact", 3: "unrenderable", 5: "unrenderable"}
+
+
 def test_a_difference_ends_the_run_and_rejects_no_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made, chance, path = ChatEncoder.load(encoder("qwen2.5").loaded), random.Random(1), tmp_path / "chats.jsonl"
     rows = [{"messages": reworded(SHAPES["plain"][0], 0.0, chance)} for _ in range(6)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    monkeypatch.setattr(each, "same_rows", lambda *_: False)
+    monkeypatch.setattr(each, "same_encodings", lambda *_: False)
     reader = read(str(path), max_rejects=1.0)
     with pytest.raises(ChatlossError, match="rows by shape differ"):
         list(records(reader, made, ahead=True))

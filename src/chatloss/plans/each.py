@@ -9,7 +9,7 @@ from typing import Protocol
 from chatloss.chat import Conversation
 from chatloss.encoding import Encoding, Problem
 from chatloss.errors import ChatlossError
-from chatloss.plans.plans import Planned, RowPlans, same_encodings, same_rows
+from chatloss.plans.plans import Planned, RowPlans, same_encodings
 from chatloss.reference import Rendering
 from chatloss.sample import Sample
 from chatloss.template import ChatTemplate
@@ -96,17 +96,20 @@ def _finished(
     encoder: Usual, plans: RowPlans, begun: Planned, found: tuple[list[Sample], bool] | None
 ) -> Encoding | ChatlossError:
     """The rows by plan; now and then compared with those made as ever, which they are where the plan gives none."""
-    rows, compared = found or ((), True)
-    if rows and not compared:
-        return Encoding([*rows], rows[-1].outcomes, rows[-1].untrained, ())
+    planned, compared = None, True
+    if found is not None:
+        rows, compared = found
+        planned = Encoding(rows, rows[-1].outcomes, rows[-1].untrained, begun.plan.problems)
+    if planned is not None and not compared:
+        return planned
     conversation = begun.rendering.conversation
     try:
         encoding = encoder.usual(conversation, [], begun.rendering)
     except ChatlossError as error:
         return error
-    if rows and not same_rows(rows, encoding.rows):
+    if planned is not None and not same_encodings(planned, encoding):
         return _different(conversation)
-    if not rows:
+    if planned is None:
         plans.learn(begun.recording, begun.texts, begun.rendering, encoding)
     return _without_turns(encoding)
 

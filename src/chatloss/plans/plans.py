@@ -38,20 +38,14 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """What is found out about every conversation of a shape that the template refuses in each of its turns."""
+    """What is found out about every conversation of a shape, in each turn of which the template refuses it."""
 
     encoding: Encoding
 
     @classmethod
-    def read(cls, recording: Recording, messages: Sequence[Message], encoding: Encoding) -> Refused | None:
-        """That of a conversation, if its problems depend on nothing but what the recording refuses."""
-        if wishes(messages) or encoding.rows or not encoding.turns:
-            return None
-        for turn in encoding.turns:
-            asked = (turn.index, messages[turn.index].role == "assistant"), (turn.index + 1, False)
-            if not any(isinstance(recording.worlds.get(world), Exception) for world in asked):
-                return None
-        return cls(replace(encoding, turns=()))
+    def read(cls, messages: Sequence[Message], encoding: Encoding) -> Refused | None:
+        """That of a conversation, all turns of which the recording refuses."""
+        return None if wishes(messages) or encoding.rows else cls(replace(encoding, turns=()))
 
     def of(self, messages: Sequence[Message]) -> Encoding | None:
         """What another conversation of the shape gives."""
@@ -121,14 +115,20 @@ class RowPlans:
         worth, there = self._worth.get(recording, 0), recording in self._plans
         if worth >= 0 if there else worth <= -MOST_TRIES:
             return
-        turns, rows = encoding.turns, encoding.rows
+        rows, messages = encoding.rows, rendering.conversation.messages
+        refused = {turn.index for turn in encoding.turns if _is_refused(recording, turn.index, messages)}
+        turns = [turn for turn in encoding.turns if turn.index not in refused]
         plan: RowPlan | Refused | None
-        if encoding.problems:
-            plan = Refused.read(recording, rendering.conversation.messages, encoding)
+        if not {problem.message for problem in encoding.problems} <= refused:
+            return
+        if refused and not turns:
+            plan = Refused.read(messages, encoding)
             if plan is None:
                 return
         else:
-            plan = row_plan(recording, texts, rendering, turns, rows, self._tokens, apart=self._apart)
+            plan = row_plan(
+                recording, texts, rendering, turns, rows, self._tokens, apart=self._apart, problems=encoding.problems
+            )
             # What must hold for others must have held here, where luck may have decided too.
             if plan is not None and not same_rows(self._by(plan, recording, texts, rendering) or (), rows):
                 plan = None
@@ -145,6 +145,12 @@ class RowPlans:
         drafts = plan.drafts(recording, texts, rendering)
         found: list[Placed | None] = placed(drafts or (), self._tokens)
         return plan.samples(found, rendering, self._decode) if drafts else None
+
+
+def _is_refused(recording: Recording, index: int, messages: Sequence[Message]) -> bool:
+    """Whether the template refuses a turn in every conversation of the shape: its prompt, or its own rendering."""
+    asked = (index, messages[index].role == "assistant"), (index + 1, False)
+    return any(isinstance(recording.worlds.get(world), Exception) for world in asked)
 
 
 def same_encodings(one: Encoding, other: Encoding) -> bool:

@@ -13,6 +13,7 @@ from itertools import chain, count, pairwise
 
 import numpy as np
 
+from chatloss.encoding import Problem
 from chatloss.fields import Field, Missing, locate
 from chatloss.lazy import Values
 from chatloss.places import Seen, end_in, place_in
@@ -29,14 +30,15 @@ __all__ = ["row_plan"]
 
 def row_plan(
     recording: Recording, texts: Sequence[str], rendering: Rendering, turns: Sequence[Turn], rows: Sequence[Sample],
-    tokens: FastTokens, *, apart: bool,
+    tokens: FastTokens, *, apart: bool, problems: Sequence[Problem] = (),
 ) -> RowPlan | None:
     """The plan of `rows`, all that were made of a conversation and its `turns`; None if others may differ.
 
-    `apart`: every turn has a row of its own by the policy.
+    `apart`: every turn has a row of its own by the policy. `problems`: of turns that the recording refuses, which are
+    not among `turns`.
     """
     try:
-        return _Plan(recording, texts, rendering, turns, tokens).of(rows, apart)
+        return _Plan(recording, texts, rendering, turns, tokens).of(rows, apart, tuple(problems))
     except Unlike:
         return None
 
@@ -53,7 +55,7 @@ class _Plan:
         self._told: dict[tuple[int, bool], set[int]] = {}
         self._pieces = Pieces(recording, texts)
 
-    def of(self, rows: Sequence[Sample], apart: bool) -> RowPlan:
+    def of(self, rows: Sequence[Sample], apart: bool, problems: tuple[Problem, ...]) -> RowPlan:
         messages = self._rendering.conversation.messages
         if not rows or messages[0].role == "assistant":
             raise Unlike("what is rendered before the first message is somebody else's")
@@ -87,7 +89,7 @@ class _Plan:
         outcomes, untrained = dict(rows[0].outcomes), dict(rows[0].untrained)
         return RowPlan(
             trunk, tuple(asides.values()), tuple(made[i] for i in rest), back,
-            tuple((order.index(i), order.index(k)) for i, k in longer), told, unlike, outcomes, untrained,
+            tuple((order.index(i), order.index(k)) for i, k in longer), told, unlike, outcomes, untrained, problems,
         )
 
     def _longer(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from chatloss.chat import Message
+from chatloss.encoding import Problem
 from chatloss.fields import SHORT, Missing, locate
 from chatloss.lazy import LazySample, Strip, Values
 from chatloss.places import Seen, end_in, fields_in
@@ -97,7 +98,7 @@ class RowPlan:
 
     `longer`: (a row, another), of which the first must be longer, because it has turns that may share the other.
     `told`: (message, whether it is its reasoning, the pieces that must be that; none where there must be none).
-    `unlike`: (piece, text), neither of which may begin the other.
+    `unlike`: (piece, text), neither of which may begin the other. `problems` are of turns that the template refuses.
     """
 
     trunk: Row
@@ -109,6 +110,7 @@ class RowPlan:
     unlike: tuple[tuple[int, str], ...]
     outcomes: Mapping[int, str]
     untrained: Mapping[int, str]
+    problems: tuple[Problem, ...]
 
     @property
     def _all(self) -> tuple[Row | Aside, ...]:
