@@ -32,16 +32,22 @@ class Cut(NamedTuple):
 
 
 class Layout:
-    """What must hold at the `count` places of a text: the first `spans` + 1 of them part its spans, the last ends it.
+    """What must hold at the `places` of a text: the first `spans` + 1 of them part its spans, the last ends it.
 
-    `loose`: places that a token may reach across, and whether it then belongs to what begins there. `zero`: the place
-    at which the text begins.
+    Each is a mark of the text, and how many characters behind it. `loose`: places that a token may reach across, and
+    whether it then belongs to what begins there. `zero`: the place at which the text begins.
     """
 
-    __slots__ = ("count", "cuts", "follow", "loose", "rest", "sizes", "spans", "tokens", "zero")
+    __slots__ = ("count", "cuts", "follow", "loose", "marks", "offsets", "places", "rest", "sizes", "spans", "tokens",
+                 "zero")
 
-    def __init__(self, spans: int, count: int, loose: Mapping[int, bool], cuts: Sequence[Cut], zero: int = 0) -> None:
-        self.spans, self.count, self.zero = spans, count, zero
+    def __init__(
+        self, spans: int, places: Sequence[tuple[int, int]], loose: Mapping[int, bool], cuts: Sequence[Cut],
+        zero: int = 0,
+    ) -> None:
+        count = len(places)
+        self.spans, self.places, self.count, self.zero = spans, places, count, zero
+        self.marks, self.offsets = np.array(places, np.int32).T
         self.loose = np.full(count, _FIRM, np.int8)
         for place, behind in loose.items():
             self.loose[place] = _BEHIND if behind else _BEFORE
@@ -53,7 +59,7 @@ class Layout:
 
 
 class Draft(NamedTuple):
-    """A text to encode, and the characters of the places of its layout.
+    """A text to encode, and the characters of its marks, from which the places of its layout are counted.
 
     `beside`: the text goes on from the last one before it that is beside none, at that one's first place of two; the
     span that begins at the second is the first that they do not have in common.
@@ -61,7 +67,7 @@ class Draft(NamedTuple):
 
     layout: Layout
     text: str
-    chars: Sequence[int]
+    marks: Sequence[int]
     beside: tuple[int, int] | None = None
 
 
@@ -88,8 +94,10 @@ def placed(drafts: Sequence[Draft], tokens: FastTokens) -> list[Placed | None]:
     firsts, counts = np.array(found), np.array([layout.count for layout in layouts])
     base = counts.cumsum() - counts
     begins = np.array([0, *accumulate(len(draft.text) for draft in drafts)][:-1], np.int32)
-    chars = np.fromiter(chain.from_iterable([draft.chars for draft in drafts]), np.int32, int(counts.sum()))
-    chars += begins.repeat(counts)
+    sizes = np.array([len(draft.marks) for draft in drafts])
+    marks = np.fromiter(chain.from_iterable([draft.marks for draft in drafts]), np.int32, int(sizes.sum()))
+    which = (sizes.cumsum() - sizes).repeat(counts) + np.concatenate([layout.marks for layout in layouts])
+    chars = marks[which] + np.concatenate([layout.offsets for layout in layouts]) + begins.repeat(counts)
 
     starting, holding = encoded.starts.searchsorted(chars), encoded.ends.searchsorted(chars, "right")
     loose = np.concatenate([layout.loose for layout in layouts])

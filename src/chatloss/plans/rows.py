@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 
 from chatloss.chat import Message
@@ -28,6 +29,7 @@ __all__ = ["Aside", "Place", "Row", "RowPlan", "alike", "wishes"]
 # A place in a row: the piece, and how many characters behind its beginning (0 in what is not the template's own text);
 # or -1 and which of the places that `shown` messages are found at.
 Place = tuple[int, int]
+_draft = partial(tuple.__new__, Draft)  # twice as fast as calling it
 
 
 @dataclass(slots=True)
@@ -56,7 +58,10 @@ class Row:
     layout: Layout = field(init=False)
 
     def __post_init__(self) -> None:
-        self.layout = Layout(len(self.values.messages), len(self.places), self.loose, self.cuts)
+        # Where `shown` messages are found is marked behind the pieces, the tail and the end.
+        shown = len(self.pieces) + 2
+        places = [(at, more) if at >= 0 else (shown + more, 0) for at, more in self.places]
+        self.layout = Layout(len(self.values.messages), places, self.loose, self.cuts)
 
 
 @dataclass(slots=True)
@@ -84,12 +89,16 @@ class Aside:
     found: tuple[tuple[int, int], ...]
     called: tuple[int, int, tuple[Reason, ...]] | None
     layout: Layout = field(init=False)
+    beside: tuple[int, int] = field(init=False)
+    rests: tuple[Values, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         count = len(self.places)
         self.places = (*self.places, (0, self.skipped - len(self.head)))
         cut = Cut(count, count, 0, -1, self.rest)
-        self.layout = Layout(count - 1, count + 1, self.loose, [cut], zero=count)
+        self.beside = self.cut, self.shared - 1
+        self.rests = tuple(self.values.part(k) for k in range(self.alike + 1))
+        self.layout = Layout(count - 1, self.places, self.loose, [cut], zero=count)
 
 
 @dataclass(slots=True)
@@ -151,11 +160,11 @@ class RowPlan:
             if isinstance(one, Row):
                 made.append(LazySample.of(ids.copy(), Strip(0, places[1 : count + 1], one.values), *told))
                 continue
-            strip, before = Strip(begin, places[:count], one.values), one.shared - 1
-            more, others = 0, made[0].strip.ends
+            more, before, others = 0, one.shared - 1, made[0].strip.ends
             while more < one.alike and places[more] <= shared and places[more] == others[before + more]:
                 more += 1
-            made.append(LazySample.of(ids.copy(), strip.behind(more), *told, (made[0], shared, before + more)))
+            strip = Strip(int(places[more - 1]) if more else begin, places[more:count], one.rests[more])
+            made.append(LazySample.of(ids.copy(), strip, *told, (made[0], shared, before + more)))
         if not all(len(made[i]) > len(made[k]) for i, k in self.longer):
             return None
         return [made[i] for i in self.order]
@@ -202,13 +211,12 @@ def _drafted(row: Row, texts: Sequence[str], rendering: Rendering) -> Draft | No
         shown = _shown(row, rendering, text[: ends[at] + offset], ends)
         if shown is None:
             return None
-        chars = [ends[at] + offset if at >= 0 else shown[offset] for at, offset in row.places]
-    else:
-        chars = [ends[at] + offset for at, offset in row.places]
+        ends += shown
     for k, (at, offset), last, reasons in row.called:
-        if not _calls(rendering, k, text, ends[at] + offset, chars[last], reasons):
+        mark, more = row.layout.places[last]
+        if not _calls(rendering, k, text, ends[at] + offset, ends[mark] + more, reasons):
             return None
-    return Draft(row.layout, text, chars)
+    return _draft((row.layout, text, ends, None))
 
 
 def _beside(one: Aside, texts: Sequence[str], rendering: Rendering) -> Draft | None:
@@ -219,12 +227,12 @@ def _beside(one: Aside, texts: Sequence[str], rendering: Rendering) -> Draft | N
     for piece, wanted in one.found:
         if text.find(texts[wanted], len(head)) != ends[piece]:
             return None
-    chars = [ends[at] + offset for at, offset in one.places]
     if one.called is not None:
         k, last, reasons = one.called
-        if not _calls(rendering, k, text, len(head), chars[last], reasons):
+        at, offset = one.places[last]
+        if not _calls(rendering, k, text, len(head), ends[at] + offset, reasons):
             return None
-    return Draft(one.layout, text, chars, (one.cut, one.shared - 1))
+    return _draft((one.layout, text, ends, one.beside))
 
 
 def _calls(rendering: Rendering, k: int, text: str, begin: int, end: int, reasons: tuple[Reason, ...]) -> bool:
