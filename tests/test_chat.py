@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chatloss import values as json_values
 from chatloss.chat import Conversation, Message, ToolCall, split_think
 from chatloss.errors import DataError
 from chatloss.values import check_json, parse_json
@@ -154,6 +156,28 @@ def test_tools_are_objects_or_json_strings_of_them() -> None:
         with pytest.raises(DataError) as caught:
             Conversation.from_messages(chat, bad)
         assert caught.value.where.startswith("tools")
+
+
+PUT = ["", ",", "}", '"', "\\", "0", "e5", "-", "\n", "\\ud8"]
+VALUE = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text()),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)),
+)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(VALUE, st.booleans(), st.integers(0, 60), st.sampled_from(PUT))
+def test_json_is_read_as_the_standard_library_reads_it(value: Any, ascii_only: bool, at: int, put: str) -> None:
+    """Values to the last bit and type, and the same texts refused."""
+    text = json.dumps(value, ensure_ascii=ascii_only)
+    for one in (text, text[:at] + put + text[at:]):
+        try:
+            wanted = repr(json_values._DECODER.decode(one))
+        except (DataError, ValueError):
+            with pytest.raises(DataError):
+                parse_json(one)
+        else:
+            assert repr(parse_json(one)) == repr(parse_json(one.encode())) == wanted
 
 
 def test_json_is_strict_and_integers_stay_exact() -> None:

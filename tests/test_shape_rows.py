@@ -28,6 +28,7 @@ from chatloss.policy import Policy
 from chatloss.reader import read
 from chatloss.shapes import shapes
 from tests import assets, conformance
+from tests.stored import stored, whole
 from tests.test_shapes import WORDS, reworded
 from tests.test_traced import CALL, SHAPES, answer, result, user
 
@@ -67,6 +68,7 @@ def planned(made: ChatEncoder, messages: list[dict[str, Any]], tools: Any = None
         for a, b in zip(one.rows, other.rows, strict=False)
     ]
     assert (one.outcomes, one.untrained, one.problems) == (other.outcomes, other.untrained, other.problems)
+    assert stored(one.rows) == stored(whole(one.rows))
     assert made._plans is not None
     return made._plans.planned
 
