@@ -18,8 +18,8 @@ PACKAGE = Path(chatloss.__file__).parent
 ORDER = [
     "errors", "values", "chat", "sample", "lazy", "policy", "formats", "streams", "tables", "folders", "reader",
     "meter", "kept", "tojson", "sandbox", "traced", "shapes", "stops", "template", "fields", "reference", "typed",
-    "places", "cuts", "tokens", "load", "remembered", "fast_tokens", "literal", "rows", "paint", "straight", "encoding", "plans",
-    "window", "encode",
+    "places", "cuts", "tokens", "load", "remembered", "fast_tokens", "literal", "rows", "paint", "straight", "encoding",
+    "plans", "window", "encode",
     "markers", "pairs", "pipeline",
     "reduction", "pack", "batch", "manifest", "columns", "dataset", "shards", "runners", "prepare", "cluster",
     # torch starts here
