@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from chatloss.chat import Conversation
@@ -61,9 +62,13 @@ def _begun(encoder: Usual, plans: RowPlans, conversation: Conversation) -> Plann
         if problems:
             return _without_turns(encoder.usual(conversation, problems))
         rendering = encoder.rendering(conversation)
-        known = encoder.template.recall(rendering.messages, conversation.tools, **rendering.kwargs)
+        recall = partial(encoder.template.recall, rendering.messages, conversation.tools, **rendering.kwargs)
+        known = recall()
         if known is None:
-            return _without_turns(encoder.usual(conversation, [], rendering))
+            encoding = encoder.usual(conversation, [], rendering)
+            if (known := recall()) is not None:  # it has been recorded just now
+                plans.learn(*known, rendering, encoding)
+            return _without_turns(encoding)
         planned = plans.begun(*known, rendering)
         if isinstance(planned, Planned):
             return planned
