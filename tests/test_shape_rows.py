@@ -308,6 +308,27 @@ def test_what_the_template_refuses_in_some_turns_leaves_the_rows_of_others_to_a_
     assert found.outcomes == {1: "exact", 3: "unrenderable", 5: "unrenderable"}
 
 
+@pytest.mark.parametrize(
+    ("roles", "learnt", "others"),
+    [
+        (["system", "system", "user"], ["Be kind.", "Be brief.", "What is it?"], [["é", "Be brief.", "What is it?"]]),
+        (["system", "user"], ["Be kind.", " lead"], [["Be kind.", " x "]]),
+        (["user", "system", "user"], ["more code three.", "code.", "And now?"],
+         [["more code three.", "code.", "word code."], ["x", "code.", "word code."]]),
+    ],
+    ids=["a scaffold within a token", "a text that ends with its piece", "messages in another order"],
+)
+def test_luck_that_others_need_not_have_is_in_no_plan(
+    roles: list[str], learnt: list[str], others: list[list[str]]
+) -> None:
+    """Found by review. DeepSeek's template writes all system messages first, with empty lines between them."""
+    known = encoder("deepseek-v3")
+    made = ChatEncoder.load(known.loaded, known.template.source)
+    for words in (learnt, learnt, learnt, *others):
+        messages = [{"role": role, "content": text} for role, text in zip(roles, words, strict=True)]
+        planned(made, [*messages, answer("It is four.")])
+
+
 def test_a_difference_ends_the_run_and_rejects_no_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made, chance, path = ChatEncoder.load(encoder("qwen2.5").loaded), random.Random(1), tmp_path / "chats.jsonl"
     rows = [{"messages": reworded(SHAPES["plain"][0], 0.0, chance)} for _ in range(6)]

@@ -262,8 +262,9 @@ def _samples(
     for row in rows:
         if row.starts[0] or row.values[0][1] or row.values[0][2].trained:
             return None  # nothing predicts the first token of a row
-        ids, shared, same = trunk.encoded.ids.copy(), 0, 0
-        if row is not last:
+        if row is last:
+            ids, shared, same = trunk.encoded.ids.copy(), 0, 0
+        else:
             ids, shared = trunk.ids(row.base)
             inside = bisect_right(row.starts, shared) - 1
             same = _same(row, last, min(inside, known, row.begun), inside)

@@ -164,6 +164,8 @@ class _Plan:
                 if by_text:
                     raise Unlike("a turn that is written otherwise behind its stop")
         chars, loose = self._chars(row, encoded, texts, trained)
+        self._all_there(row, encoded, [a for a, *_ in texts], {
+            *begins, *(b for _, b, _ in texts), *self._edges(base, inside, text)})
         edges = [len(base.prompt)]
         for i in inside[:-1]:
             turn = self._turns[i]
@@ -183,6 +185,32 @@ class _Plan:
             chars.index(edges[0]), tuple(found), tuple(ended),
             tuple((k, place, chars.index(last), reasons) for k, place, last, reasons in called), tuple(shown),
         )
+
+    def _all_there(self, row: Sample, encoded: Encoded, held: Sequence[int], chars: set[int]) -> None:
+        """Raise if something that begins at one of `chars`, or a text that begins at one of `held`, has no span: its
+        characters are all in a token of what stands before it, as they need not be in another conversation.
+        """
+        starts = {span.start for span in row.spans}
+        where = [*held, *(chars - {*held})]
+        at, over = encoded.tokens_at(where)
+        found = {*over[: len(held)], *at[len(held) :]}
+        if len(found) < len(where) or not found <= starts:
+            raise Unlike("a span that has no token here, and may have one elsewhere")
+
+    def _edges(self, base: Turn, inside: Sequence[int], text: str) -> set[int]:
+        """Where generation prompts of earlier messages and the parts of turns begin and end."""
+        edges: set[int] = set()
+        for k in range(base.index + 1):
+            turn = self._turns[k] if k in inside else None
+            if turn is not None:
+                reasons = [None, *(reason for *_, reason in turn.spans)]
+                parts = zip(turn.spans, pairwise(reasons), strict=True)
+                edges |= {len(turn.prompt) + a for (a, *_), (before, reason) in parts if before != reason}
+            elif self._rendering.conversation.messages[k].role == "assistant":
+                before, plain = self._rendering.prompt(k), self._rendering.text(k)
+                if before is not None and plain is not None and before != plain and text.startswith(before):
+                    edges |= {len(plain), len(before)}
+        return edges
 
     def _cut(
         self, text: str, encoded: Encoded, pieces: Sequence[int], ends: Sequence[int], char: int
@@ -216,10 +244,12 @@ class _Plan:
         if any(pieces[i] >= self._recording.constants for i in inner):
             raise Unlike("a text of something else within a turn")
 
-    def _within(self, ends: Sequence[int], a: int, b: int) -> tuple[Place, int]:
-        """Where a field begins, in characters from the beginning of its piece, and the piece in which it ends."""
+    def _within(self, ends: Sequence[int], a: int, b: int) -> tuple[Place, int, bool]:
+        """Where a field begins, in characters from the beginning of its piece, the piece in which it ends, and whether
+        it ends with that.
+        """
         at = bisect_right(ends, a) - 1
-        return (at, a - ends[at]), bisect_left(ends, b) - 1
+        return (at, a - ends[at]), bisect_left(ends, b) - 1, b in ends
 
     def _chars(
         self, row: Sample, encoded: Encoded, texts: Sequence[tuple[int, int, int | None]],

@@ -41,7 +41,8 @@ class Row:
     begins to look for it): it must be found there. `ended`: (text, what follows it where it is the last answer), whose
     end must not be found again in that. `called`: (turn with calls, where it begins, the number of the place where it
     ends, the reasons of its fields). `shown`: (earlier message that is not written as it stands, where it begins and
-    ends, where each of its fields begins and the piece that it ends in, whether its end is found by its text).
+    ends, where each of its fields begins, the piece that it ends in and whether with that, whether its end is found
+    by its text).
     """
 
     pieces: tuple[int, ...]
@@ -54,7 +55,7 @@ class Row:
     found: tuple[tuple[int, int, Place], ...]
     ended: tuple[tuple[int, str], ...]
     called: tuple[tuple[int, Place, int, tuple[Reason, ...]], ...]
-    shown: tuple[tuple[int, Place, Place, tuple[tuple[Place, int], ...], bool], ...]
+    shown: tuple[tuple[int, Place, Place, tuple[tuple[Place, int, bool], ...], bool], ...]
     layout: Layout = field(init=False)
 
     def __post_init__(self) -> None:
@@ -257,8 +258,8 @@ def _shown(row: Row, rendering: Rendering, prompt: str, ends: Sequence[int]) -> 
             fields = fields_in(prompt, rendering.fields[k], begin, end)
         if len(fields) != len(places):
             return None
-        for (a, b, _), ((at, offset), within) in zip(fields, places, strict=True):
-            if a != ends[at] + offset or not ends[within] < b <= ends[within + 1]:
+        for (a, b, _), ((at, offset), within, whole) in zip(fields, places, strict=True):
+            if a != ends[at] + offset or not ends[within] < b <= ends[within + 1] or whole != (b == ends[within + 1]):
                 return None
             found += a, b
     return found
