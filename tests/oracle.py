@@ -98,8 +98,7 @@ class Law:
         end = end_of_fields(own, len(prompt) if own.startswith(prompt) else 0, message)
         # "a" is found in any text: a field holds only if an unmistakable one in its place is rendered as well.
         texts = {name: text for name in MARKED if isinstance(text := message.get(name), str) and text.strip()}
-        within = {name for name, text in texts.items()
-                  if any(text.strip() in token and text.strip() != token for token in self.special)}
+        within = {name for name, text in texts.items() if any(text.strip() in token for token in self.special)}
         tags = {name for name, text in texts.items() if name not in REASONING and re.match(r"\s*<[\w/|]", text)}
         plain = texts.keys() - (tags - within)
         marked = {name: MARKED[name] if name in plain else value for name, value in message.items()}
