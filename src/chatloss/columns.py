@@ -17,8 +17,7 @@ import numpy.typing as npt
 from chatloss.lazy import LazySample, Strip, first_of, strip_of
 from chatloss.manifest import Counts
 from chatloss.sample import Reason, Sample
-
-Ids = npt.NDArray[np.int32]
+from chatloss.tokens import Ids
 
 __all__ = ["SPANS", "Part", "parts_of", "schema", "table"]
 
@@ -65,7 +64,7 @@ class Part(NamedTuple):
     side: str
     source: str
     shared_ids: int
-    ids: npt.NDArray[np.int32]
+    ids: Ids
     shared_spans: int
     spans: Strip
     turns: tuple[Mapping[int, str], Mapping[int, str]] | None

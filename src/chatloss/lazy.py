@@ -36,12 +36,6 @@ class Values(NamedTuple):
     def part(self, first: int, last: int | None = None) -> Values:
         return Values(self.messages[first:last], self.weights[first:last], self.reasons[first:last])
 
-    def same(self, other: Values) -> bool:
-        return (
-            np.array_equal(self.messages, other.messages) and np.array_equal(self.weights, other.weights)
-            and np.array_equal(self.reasons, other.reasons)
-        )
-
     def alike(self, other: Values) -> int:
         """How many at their beginning are the same."""
         size = min(len(self.messages), len(other.messages))

@@ -96,21 +96,6 @@ class Sample:
             end = following
         assert end == len(self.input_ids), "spans must cover the row"
 
-    @classmethod
-    def whole(
-        cls, input_ids: npt.NDArray[np.int32], spans: tuple[Span, ...], outcomes: Mapping[int, str], source: str,
-        untrained: Mapping[int, str], decode: Decode,
-    ) -> Sample:
-        """A row whose spans are known to partition it."""
-        made, put = cls.__new__(cls), object.__setattr__
-        put(made, "input_ids", input_ids)
-        put(made, "spans", spans)
-        put(made, "outcomes", outcomes)
-        put(made, "source", source)
-        put(made, "untrained", untrained)
-        put(made, "decode", decode)
-        return made
-
     def __len__(self) -> int:
         return len(self.input_ids)
 

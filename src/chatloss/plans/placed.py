@@ -110,8 +110,7 @@ def placed(drafts: Sequence[Draft], tokens: FastTokens) -> list[Placed | None]:
     _cut(layouts, encoded.ids, at, base, failed)
 
     at -= firsts[:-1].repeat(counts)
-    shared, begin, same = np.zeros((3, len(drafts)), np.intp)
-    _beside(drafts, encoded.ids, firsts, at, base, (shared, begin, same), failed)
+    shared, begin, same = _beside(drafts, encoded.ids, firsts, at, base, failed)
     places, ids = (at + shared.repeat(counts)).astype(np.int32), encoded.ids
     return [
         None if bad else Placed(ids[first:last], places[end - layout.count : end], known, start)
@@ -124,15 +123,17 @@ def placed(drafts: Sequence[Draft], tokens: FastTokens) -> list[Placed | None]:
 
 def _beside(
     drafts: Sequence[Draft], ids: Ids, firsts: npt.NDArray[np.intp], at: npt.NDArray[np.intp],
-    base: npt.NDArray[np.intp], made: tuple[npt.NDArray[np.intp], ...], failed: npt.NDArray[np.bool_],
-) -> None:
-    """Find out about texts beside another: the token of that at which they go on from it, that of their first own span,
-    and how many of their own ids are still the same. `at`: the tokens at places, `base`: the first place of each text.
+    base: npt.NDArray[np.intp], failed: npt.NDArray[np.bool_],
+) -> npt.NDArray[np.intp]:
+    """Of each text beside another: the token of that at which it goes on from it, that of its first own span, and how
+    many of its own ids are still the same; zeros for others. Those that do not go on so are marked in `failed`.
+
+    `at`: the tokens at places, `base`: the first place of each text.
     """
+    shared, begin, same = made = np.zeros((3, len(drafts)), np.intp)
     own = np.array([i for i, draft in enumerate(drafts) if draft.beside is not None], np.intp)
     if not len(own):
-        return
-    shared, begin, same = made
+        return made
     trunk = np.arange(len(drafts))
     trunk[own] = 0
     trunk = np.maximum.accumulate(trunk)[own]
@@ -146,6 +147,7 @@ def _beside(
     known = shared[own] + same[own]
     failed[own] |= failed[trunk] | (same[own] == sizes) | (begin[own] > known)
     failed[own] |= at[base[own]] + shared[own] <= begin[own]
+    return made
 
 
 def _cut(

@@ -381,7 +381,7 @@ class _Plan:
         begins = {place for *_, place in found} | {place for _, place, *_ in row.called}
         same = (
             row.places[:context] == trunk.places[:context]
-            and row.values.part(0, context - 1).same(trunk.values.part(0, context - 1))
+            and row.values.part(0, context - 1).alike(trunk.values) == context - 1
             and all(trunk.loose.get(i) == row.loose.get(i) for i in range(context))
             and {*row.found} - {*found} <= {*trunk.found} and {*row.ended} <= {*trunk.ended}
             and {*row.shown} <= {*trunk.shown} and begins <= {(at, offset)}

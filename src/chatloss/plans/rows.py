@@ -90,14 +90,12 @@ class Aside:
     found: tuple[tuple[int, int], ...]
     called: tuple[int, int, tuple[Reason, ...]] | None
     layout: Layout = field(init=False)
-    beside: tuple[int, int] = field(init=False)
     rests: tuple[Values, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         count = len(self.places)
         self.places = (*self.places, (0, self.skipped - len(self.head)))
         cut = Cut(count, count, 0, -1, self.rest)
-        self.beside = self.cut, self.shared - 1
         self.rests = tuple(self.values.part(k) for k in range(self.alike + 1))
         self.layout = Layout(count - 1, self.places, self.loose, [cut], zero=count)
 
@@ -233,7 +231,7 @@ def _beside(one: Aside, texts: Sequence[str], rendering: Rendering) -> Draft | N
         at, offset = one.places[last]
         if not _calls(rendering, k, text, len(head), ends[at] + offset, reasons):
             return None
-    return _draft((one.layout, text, ends, one.beside))
+    return _draft((one.layout, text, ends, (one.cut, one.shared - 1)))
 
 
 def _calls(rendering: Rendering, k: int, text: str, begin: int, end: int, reasons: tuple[Reason, ...]) -> bool:
