@@ -21,7 +21,7 @@ from chatloss.errors import ChatlossError
 from chatloss.fast_tokens import loaded_with
 from chatloss.load import load_tokenizer
 from chatloss.pipeline import records
-from chatloss.plans import each, plans
+from chatloss.plans import each, plans, spaced
 from chatloss.plans import rows as shape_rows
 from chatloss.plans.plans import same_rows
 from chatloss.policy import Policy
@@ -40,6 +40,7 @@ FAMILIES = ["qwen3", "qwen2.5", "llama3", "gpt-oss", "deepseek-v3"]
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first conversation of a shape is recorded, and but for the first of a plan these tests alone compare rows."""
     monkeypatch.setattr(shapes, "OFTEN", 1)
+    monkeypatch.setattr(spaced, "OFTEN", 1)
     monkeypatch.setattr(plans, "SAMPLE", 10**9)
 
 
@@ -81,6 +82,7 @@ LONGER = [
 ]
 ORDINARY = ["Tell me more about it, please.", "The capital of France is Paris.", "Fine, thanks!", "- one\n- two\n- 3."]
 TEXT = st.one_of(*[st.sampled_from(ORDINARY)] * 7, st.sampled_from([*LONGER, *WORDS]), st.text(max_size=10))
+SPACES = st.sampled_from([*[("", "")] * 4, ("", "\n"), ("", "\n\n"), ("\n", "\n"), (" ", " "), ("", "\u3000")])
 ARGUMENTS = st.dictionaries(st.sampled_from(["a", "word", "name"]), st.one_of(TEXT, st.integers(0, 12), st.none()),
                             min_size=1, max_size=2)
 
@@ -105,6 +107,10 @@ def chats(draw: Callable[..., Any]) -> tuple[list[dict[str, Any]], Any]:
         for message in messages:
             if message["role"] == "assistant":
                 message["reasoning_content"] = draw(TEXT)
+    before, behind = draw(SPACES)
+    for message in messages:
+        if message["content"]:
+            message["content"] = f"{before}{message['content']}{behind}"
     return messages, [conformance.LOOKUP] if tools else None
 
 

@@ -63,11 +63,12 @@ def _begun(encoder: Usual, plans: RowPlans, conversation: Conversation) -> Plann
             return _without_turns(encoder.usual(conversation, problems))
         rendering = encoder.rendering(conversation)
         recall = partial(encoder.template.recall, rendering.messages, conversation.tools, **rendering.kwargs)
-        known = recall()
+        recorded = recall()
+        known = recorded and plans.spaced(*recorded)
         if known is None:
             encoding = encoder.usual(conversation, [], rendering)
-            if (known := recall()) is not None:  # it has been recorded just now
-                plans.learn(*known, rendering, encoding)
+            if recorded is None and (recorded := recall()) is not None and (known := plans.spaced(*recorded)):
+                plans.learn(*known, rendering, encoding)  # it has been recorded just now
             return _without_turns(encoding)
         planned = plans.begun(*known, rendering)
         if isinstance(planned, Planned):

@@ -13,6 +13,7 @@ from chatloss.encoding import Encoding
 from chatloss.plans.placed import Draft, Placed, placed
 from chatloss.plans.reading import row_plan
 from chatloss.plans.rows import RowPlan, wishes
+from chatloss.plans.spaced import Spaced
 from chatloss.reference import Rendering
 from chatloss.sample import Decode, Sample
 from chatloss.shapes.shapes import Recording
@@ -58,10 +59,11 @@ class Refused:
 class RowPlans:
     """The plans of an encoder, for the recordings of its template. `planned` counts conversations whose rows they gave.
 
-    `apart`: every turn has a row of its own by the policy.
+    `apart`: every turn has a row of its own by the policy. `spaced`: the recordings and texts that it takes.
     """
 
     def __init__(self, tokens: FastTokens, decode: Decode, *, apart: bool) -> None:
+        self.spaced = Spaced().of
         self._tokens, self._decode, self._apart = tokens, decode, apart
         self._plans: WeakKeyDictionary[Recording, RowPlan | Refused] = WeakKeyDictionary()
         self._worth: WeakKeyDictionary[Recording, int] = WeakKeyDictionary()

@@ -54,6 +54,7 @@ class _Plan:
         self._turns = {turn.index: turn for turn in turns}
         self._told: dict[tuple[int, bool], set[int]] = {}
         self._pieces = Pieces(recording, texts)
+        self._space_stops = any(stop[:1].isspace() for stop in rendering.stops.texts)  # a stop may begin in space
 
     def of(self, rows: Sequence[Sample], apart: bool, problems: tuple[Problem, ...]) -> RowPlan:
         messages = self._rendering.conversation.messages
@@ -62,7 +63,7 @@ class _Plan:
         if wishes(messages):
             raise Unlike("a wish of the data, which others do not have")
         for turn in self._turns.values():
-            if turn.outcome != "reachable" or turn.stop != "rendered" or turn.trimmed:
+            if turn.outcome != "reachable" or turn.stop != "rendered":
                 raise Unlike("a turn that is not plainly trained")
             world, begins = self._pieces.world, self._pieces.begins
             plain, prompt = world(turn.index), world(turn.index, True)
@@ -147,11 +148,14 @@ class _Plan:
                 shown.append((k, *places, tuple(self._within(ends, a, b) for a, b, _ in fields), by_text))
                 continue
             fields_of_k = self._fields(k, pieces, ends, text, begin)
+            last = fields_of_k[-1][1] if fields_of_k else -1  # and the space behind a turn's text, which is its own too
+            if own is not None and fields_of_k and not (calls or self._space_stops):
+                last += self._has_space(pieces, last + 1)
             if own is not None:
-                self._only_constants(pieces, ends, [piece for _, piece in fields_of_k], own, calls)
-            for field, piece in fields_of_k:
+                self._only_constants(pieces, ends, [*(piece for _, piece in fields_of_k[:-1]), last], own, calls)
+            for i, (field, piece) in enumerate(fields_of_k, 1):
                 found.append((piece, pieces[piece], self._pieces.place(world, starts, begin)))
-                a, b = ends[piece], ends[piece] + len(field.text)
+                a, b = ends[piece], ends[(last if i == len(fields_of_k) else piece) + 1]
                 if own is None:
                     texts.append((a, b, None))
                 else:
@@ -335,21 +339,29 @@ class _Plan:
             found.append((field, piece))
         return found
 
-    def _ended(self, k: int, field: Field, pieces: Sequence[int], piece: int, tail: str) -> tuple[int, str]:
+    def _ended(
+        self, k: int, field: Field, pieces: Sequence[int], piece: int, tail: str
+    ) -> tuple[int, tuple[int, ...], str]:
         """What decides where a message ends that its own rendering ends in another way."""
-        own, before = self._pieces.world(k + 1), self._rendering.prompt(k)
+        own, before, texts = self._pieces.world(k + 1), self._rendering.prompt(k), self._texts
         starts = self._pieces.starts(own)
         at = "".join(self._texts[i] for i in own).find(field.text, len(before or ""))
         if at not in starts or self._texts[own[starts.index(at)]] != field.text:
             raise Unlike("an answer that is not written as it stands")
         self._told[k, field.reason == Reason.REASONING].add(own[starts.index(at)])
-        rest = own[starts.index(at) + 1 :]
-        behind = "".join(self._texts[i] for i in rest)
-        following = self._texts[pieces[piece + 1]] if piece + 1 < len(pieces) else tail
-        same = next((i for i, (a, b) in enumerate(zip(behind, following, strict=False)) if a != b), len(behind))
-        if any(i >= self._recording.constants for i in rest) or same >= len(following):
+        rest, following = own[starts.index(at) + 1 :], pieces[piece + 1 :]
+        spaces: tuple[int, ...] = ()
+        if self._has_space(rest, 0) and self._has_space(following, 0) and texts[rest[0]] == texts[following[0]]:
+            spaces, rest, following = (rest[0], following[0]), rest[1:], following[1:]
+        behind, here = "".join(texts[i] for i in rest), texts[following[0]] if following else tail
+        same = next((i for i, (a, b) in enumerate(zip(behind, here, strict=False)) if a != b), len(behind))
+        if any(i >= self._recording.constants for i in rest) or same >= len(here):
             raise Unlike("an answer with more behind it")
-        return pieces[piece], behind
+        return pieces[piece], spaces, behind
+
+    def _has_space(self, pieces: Sequence[int], at: int) -> bool:
+        """Whether the piece there is the space at an end of a text."""
+        return at < len(pieces) and pieces[at] >= self._recording.constants and self._texts[pieces[at]].isspace()
 
     def _decided(self, k: int, base: Turn, row: Sequence[int | str]) -> None:
         """Raise if another conversation's message `k` may begin or end in another way in the row of `base`."""

@@ -38,11 +38,11 @@ class Row:
 
     Behind those are the places of `cuts`: what must stand where a turn of the row begins or ends. `loose` is as in
     `Layout`. `context` is the number of the place where the last turn begins. `found`: (piece, its text, where one
-    begins to look for it): it must be found there. `ended`: (text, what follows it where it is the last answer), whose
-    end must not be found again in that. `called`: (turn with calls, where it begins, the number of the place where it
-    ends, the reasons of its fields). `shown`: (earlier message that is not written as it stands, where it begins and
-    ends, where each of its fields begins, the piece that it ends in and whether with that, whether its end is found
-    by its text).
+    begins to look for it): it must be found there. `ended`: (text, the space behind it where it is the last answer and
+    here, if any, what follows the last answer), whose end must not be found again in that. `called`: (turn with calls,
+    where it begins, the number of the place where it ends, the reasons of its fields). `shown`: (earlier message that
+    is not written as it stands, where it begins and ends, where each of its fields begins, the piece that it ends in
+    and whether with that, whether its end is found by its text).
     """
 
     pieces: tuple[int, ...]
@@ -53,7 +53,7 @@ class Row:
     cuts: tuple[Cut, ...]
     context: int
     found: tuple[tuple[int, int, Place], ...]
-    ended: tuple[tuple[int, str], ...]
+    ended: tuple[tuple[int, tuple[int, ...], str], ...]
     called: tuple[tuple[int, Place, int, tuple[Reason, ...]], ...]
     shown: tuple[tuple[int, Place, Place, tuple[tuple[Place, int, bool], ...], bool], ...]
     layout: Layout = field(init=False)
@@ -201,8 +201,13 @@ def _drafted(row: Row, texts: Sequence[str], rendering: Rendering) -> Draft | No
     for piece, wanted, (at, offset) in row.found:
         if text.find(texts[wanted], ends[at] + offset) != ends[piece]:
             return None
-    for wanted, behind in row.ended:
+    for wanted, spaces, behind in row.ended:
         words = texts[wanted][-SHORT:]
+        if spaces:
+            space, other = spaces
+            if texts[space] != texts[other]:
+                return None
+            behind = texts[space] + behind
         if (words + behind).rfind(words):
             return None
     if row.shown:
