@@ -124,6 +124,7 @@ def test_any_words_have_the_same_rows(family: str, chat: tuple[list[dict[str, An
 @pytest.mark.parametrize("policy", [
     {"row_format": "per_turn"}, {"turns": "last"}, {"turns": "last_round"}, {"parts": ("content",)},
     {"control_tokens": "parity"}, {"roles": ("assistant", "tool")}, {"row_format": "multi_turn", "unlawful": "keep"},
+    {"max_length": 60}, {"max_length": 80, "overflow": "window"}, {"max_length": 60, "overflow": "drop"},
 ], ids=str)
 @pytest.mark.parametrize("family", ["qwen3", "llama3"])
 @settings(max_examples=40, deadline=None)

@@ -76,3 +76,11 @@ def test_a_pattern_is_planned_when_it_comes_again(monkeypatch: pytest.MonkeyPatc
     for i in range(5):
         counts.append(served(made, [("one", f"The answer {i}.\n", "two", "And another.")]))
     assert counts[0] == counts[1] == 0 and counts[-1] >= 3
+
+
+@pytest.mark.parametrize("overflow", ["whole_turns", "window", "right", "drop"])
+def test_a_longest_row_leaves_those_that_fit_to_their_plan(overflow: str) -> None:
+    known = encoder("qwen3", max_length=64, overflow=overflow)
+    made = ChatEncoder.load(known.loaded, known.template.source, known.policy, clock=lambda: conformance.CLOCK)
+    some = [("one", f"The answer is {i}.", "two" + " and more" * (60 if i % 3 == 2 else 1), "Five.") for i in range(12)]
+    assert served(made, some) >= 6

@@ -172,9 +172,9 @@ class ChatEncoder:
         """Plans are made where ids tell the text."""
         tokens, policy = self.loaded.tokens, self.policy
         literal = policy.control_tokens == "literal"
-        if literal or policy.spans or policy.max_length or not isinstance(tokens, FlatTokens):
+        if literal or policy.spans or not isinstance(tokens, FlatTokens):
             return None
-        return RowPlans(tokens, self.decode, apart=policy.row_format == "per_turn")
+        return RowPlans(tokens, self.decode, apart=policy.row_format == "per_turn", longest=policy.max_length)
 
     def _examine_literal(self, conversation: Conversation, problems: list[Problem]) -> Encoding:
         """The same with sentinels in place of what was typed, where rendering shows which control strings that is."""

@@ -59,12 +59,13 @@ class Refused:
 class RowPlans:
     """The plans of an encoder, for the recordings of its template. `planned` counts conversations whose rows they gave.
 
-    `apart`: every turn has a row of its own by the policy. `spaced`: the recordings and texts that it takes.
+    `apart`: every turn has a row of its own by the policy. `longest`: of a conversation with a row of more tokens it
+    gives none (0: of all). `spaced`: the recordings and texts that it takes.
     """
 
-    def __init__(self, tokens: FastTokens, decode: Decode, *, apart: bool) -> None:
+    def __init__(self, tokens: FastTokens, decode: Decode, *, apart: bool, longest: int = 0) -> None:
         self.spaced = Spaced().of
-        self._tokens, self._decode, self._apart = tokens, decode, apart
+        self._tokens, self._decode, self._apart, self._longest = tokens, decode, apart, longest
         self._plans: WeakKeyDictionary[Recording, RowPlan | Refused] = WeakKeyDictionary()
         self._worth: WeakKeyDictionary[Recording, int] = WeakKeyDictionary()
         self._new: WeakSet[Recording] = WeakSet()
@@ -96,9 +97,11 @@ class RowPlans:
         at, all_rows = 0, []
         for one in begun:
             rows = one.plan.samples(found[at : at + len(one.drafts)], one.rendering, self._decode)
-            all_rows.append(None if rows is None else (rows, self._served(one.recording)))
             if rows is None and one.recording in self._worth:
                 self._worth[one.recording] -= 1
+            if rows is not None and self._longest and max(map(len, rows)) > self._longest:
+                rows = None  # what is cut depends on more than the shape
+            all_rows.append(None if rows is None else (rows, self._served(one.recording)))
             at += len(one.drafts)
         return all_rows
 
