@@ -15,7 +15,8 @@ from chatloss.encode import ChatEncoder
 from chatloss.errors import ChatlossError, TemplateError
 from chatloss.sandbox import Bounds
 from chatloss.shapes import shapes
-from chatloss.shapes.recorder import Recorder, Symbol, Unplanned
+from chatloss.shapes.recorder import Recorder
+from chatloss.shapes.symbols import Symbol, Unplanned
 from chatloss.template import ChatTemplate, _aliased
 from chatloss.traced import World
 from tests import assets, conformance
@@ -164,6 +165,21 @@ ASKED = {
     "an error of some": LOOP + "{{ 10 // m.content|length }}{% endfor %}",
     "tools": "{% for t in tools or [] %}{{ t.function.name }}{% for k, v in t.function.parameters.properties.items() %}"
              "{{ k }}:{{ v.type }}{% if v.type == 'string' %}s{% endif %}{% endfor %}{{ t|tojson }}{% endfor %}",
+    "items": "{% for t in tools %}{% for k, v in t.function.parameters.properties|items %}{{ k }}:{{ v.type }}"
+             "{% if loop.last %};{% endif %}{% endfor %}{% endfor %}",
+    "an iterator": "{% set p = tools[0].function.parameters.properties %}{% set i = p|items %}{% if i %}!{% endif %}"
+                   "{% for k, v in i %}{{ k }}{% endfor %}{% for k, v in i %}{{ v }}{% endfor %}{{ p|items|list }}",
+    "an iterator's truth": "{{ 'yes' if tools[0].function.parameters.properties|items else 'no' }}",
+    "an iterator that is no argument": LOOP + "{% for k, v in m.content|items %}{{ k }}{% endfor %}{% endfor %}",
+    "markup": LOOP + "{{ m.content|safe + '<a>' }}{{ m.content|safe ~ '<b>' }}{{ (m.content|safe ~ '') + '<c>' }}"
+                     "{{ ('<' + m.content|safe)|trim|string + '>' }}{{ m.content|safe }}{% endfor %}",
+    "in an object": LOOP + "{{ {'a': m.content, 'b': [m.content, 1, ('c', m.content)]}|tojson }}"
+                           "{{ {'a': 'b'}|tojson }}{% endfor %}",
+    "under a number": LOOP + "{{ {1: m.content}|tojson }}{% endfor %}",
+    "a message as JSON": LOOP + "{{ m|tojson }}{{ [m, m.content]|tojson(indent=1) }}{% endfor %}",
+    "joined": "{% set ns = namespace(l=[]) %}" + LOOP + "{% set ns.l = ns.l + [m.content] %}{{ ns.l|join('-') }}"
+              "{% if ns.l|join == 'ab' %}!{% endif %}{% endfor %}",
+    "joined with others": LOOP + "{{ [m.content, 1]|join }}{{ [m.content]|join('<', 'x') }}{% endfor %}",
 }
 TEXTS = ["a", "b", "", "abcdef", "ab ba", "c", "1", "0", "b ", "\n", "a\"<", "bb"]
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from keyword import iskeyword
 from typing import Any
 
-from chatloss.shapes.recorder import Recorder, Step, Symbol, Unplanned
+from chatloss.shapes.recorder import Recorder, Step
+from chatloss.shapes.symbols import Symbol, Unplanned
 
 __all__ = ["Program"]
 

@@ -12,45 +12,15 @@ from jinja2.utils import Namespace
 
 from chatloss.kept import Kept
 from chatloss.meter import Exceeded, Meter
+from chatloss.shapes.symbols import Once, Pieces, Symbol, Unplanned, holds_symbols
 
-__all__ = ["Pieces", "Recorder", "Step", "Symbol", "Unplanned", "told"]
+__all__ = ["Recorder", "Step", "told"]
 
 MOST = 4000  # steps of a recording, parts of a text
+LARGEST = 256  # parts of a list or dict with symbols in it
 _SCALARS = frozenset((str, int, float, bool, type(None)))
 
 
-class Unplanned(Exception):
-    """Something that another conversation of the same shape may not do in the same way."""
-
-
-class Symbol:
-    """A value that another conversation has another of: `value` is that of the one which is recorded.
-
-    `slot` numbers it among the values of a program (-1: a sum of `parts` that nothing has asked for yet). `fixed`: its
-    type is the same in all conversations of the shape. `of_tools`: it depends on nothing but the conversation's tools.
-    """
-
-    __slots__ = ("_recorder", "fixed", "of_tools", "parts", "slot", "value")
-
-    def __init__(
-        self, recorder: Recorder, value: Any, slot: int, fixed: bool, parts: Pieces | None = None, *,
-        of_tools: bool = False,
-    ) -> None:
-        self._recorder = recorder
-        self.value, self.slot, self.fixed, self.parts, self.of_tools = value, slot, fixed, parts, of_tools
-
-    def __bool__(self) -> bool:
-        return self._recorder.truth(self)
-
-    def _unplanned(self, *args: Any) -> NoReturn:
-        raise Unplanned("a text was used in a way that is not recorded")
-
-    __str__ = __repr__ = __len__ = __iter__ = __hash__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = _unplanned
-    __ge__ = __contains__ = __getitem__ = __index__ = __int__ = __float__ = __format__ = __call__ = _unplanned
-    __add__ = __radd__ = __mul__ = __rmul__ = __mod__ = __rmod__ = __reversed__ = __fspath__ = _unplanned
-
-
-Pieces = list[str | Symbol]
 # (slot, function, arguments, keyword arguments), or (-1, what it must be, (symbol,), whether only its truth counts)
 Step = tuple[int, Any, tuple[Any, ...], Any]
 
@@ -102,6 +72,8 @@ class Recorder:
     ) -> Symbol:
         """``function(*args, **kwargs)``, which depends on nothing else; `name` tells it from other functions."""
         given, named = tuple(map(self.plain_value, args)), {k: self.plain_value(v) for k, v in (kwargs or {}).items()}
+        if Once in map(type, (*given, *named.values())) and function is not _gone_through:
+            raise Unplanned("an iterator that is used by something else than a loop")
         key = (name, tuple(map(self._key, args)), tuple((k, self._key(v)) for k, v in (kwargs or {}).items()))
         known = self._known.get(key)
         if isinstance(known, Exception):
@@ -142,6 +114,25 @@ class Recorder:
         """A list of tools as one value, which is made again in every conversation."""
         whole = type(value) is list and value and all(type(one) is Symbol and one.of_tools for one in value)
         return self.step("listed", _listed, value) if whole else value
+
+    def whole(self, value: Any, left: list[int] | None = None) -> Any:
+        """A list or dict with symbols in it as one value, which is made again in every conversation."""
+        left = left or [LARGEST]
+        left[0] -= 1
+        if left[0] < 1:
+            raise Unplanned("a text inside of a large value")
+        kind = type(value)
+        if kind is dict:
+            if not all(type(key) is str for key in value):
+                raise Unplanned("other keys than texts")
+            parts, make = [self.whole(one, left) for one in value.values()], partial(_dict, (*value,))
+        elif kind is list or kind is tuple:
+            parts, make = [self.whole(one, left) for one in value], partial(_made, kind)
+        else:
+            return value
+        if not any(type(one) is Symbol for one in parts):
+            return value
+        return self.step(("made", kind, *value) if kind is dict else ("made", kind), make, parts, fixed=True)
 
     def joined(self, parts: Sequence[str | Symbol]) -> str | Symbol:
         """The sum of texts."""
@@ -192,7 +183,7 @@ class Recorder:
             return Symbol, value.slot
         if kind in _SCALARS:
             return kind, repr(value) if kind is float else value  # 0.0 is -0.0, and written in another way
-        if _holds_symbols(value):
+        if holds_symbols(value):
             raise Unplanned("a text inside of a value")
         if kind is list or kind is tuple:
             return (kind, *map(self._key, value))
@@ -205,7 +196,10 @@ class Recorder:
         """Whether `value` is true, as it must be in every conversation."""
         if type(value) is not Symbol:
             return bool(value)
-        found = bool(self.plain_value(value))
+        given = self.plain_value(value)
+        if type(given) is Once:
+            raise Unplanned("whether there is an iterator")
+        found = bool(given)
         self._guard(value, found, True)
         return found
 
@@ -231,6 +225,9 @@ class Recorder:
         if type(value) is not Symbol:
             return value
         whole = self.plain_value(value)
+        if type(whole) is Once:
+            value = self.step("list", _gone_through, (value,), fixed=True)
+            whole = value.value
         if not isinstance(whole, list | tuple | dict | str | type({}.items()) | type({}.keys()) | type({}.values())):
             raise Unplanned("a loop over something unusual")
         listed = self.step("list", list, (value,), fixed=True)
@@ -282,9 +279,13 @@ class Recorder:
         return value
 
     def settled(self, value: Any) -> Any:
+        """`value`, which must not be an iterator: another loop would go through it from the beginning."""
+        if type(value) is Symbol and type(value.value) is Once:
+            raise Unplanned("an iterator is kept")
         return value
 
-    plain = settled
+    def plain(self, value: Any) -> Any:
+        return value
 
     def put(self, before: Any, value: Any, scope: int) -> Any:
         return value
@@ -374,6 +375,18 @@ def _listed(*items: Any) -> list[Any]:
     return [*items]
 
 
+def _made(kind: Callable[[Iterable[Any]], Any], *items: Any) -> Any:
+    return kind(items)
+
+
+def _dict(keys: Sequence[str], *values: Any) -> dict[str, Any]:
+    return dict(zip(keys, values, strict=True))
+
+
+def _gone_through(once: Once) -> list[Any]:
+    return once.items
+
+
 def _of_tools(values: Iterable[Any]) -> bool:
     """Whether the symbols among `values`, if there are any, are all of tools."""
     found = [one.of_tools for one in values if type(one) is Symbol]
@@ -387,11 +400,3 @@ def _is_plain(value: Any) -> bool:
 
 def _item(values: Sequence[Any], index: int) -> Any:
     return values[index]
-
-
-def _holds_symbols(value: Any, depth: int = 4) -> bool:
-    if type(value) is Symbol:
-        return True
-    if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
-    return isinstance(value, list | tuple) and (not depth or any(_holds_symbols(one, depth - 1) for one in value))

@@ -15,7 +15,8 @@ from jinja2.utils import Namespace
 from chatloss.meter import Bounds
 from chatloss.sandbox import CONCATENATED, PLAIN_METHODS, SEARCHED, SHORT, WEIGHED, SafeNamespace, Sandbox, never_folded
 from chatloss.shapes.pure import GLOBALS, outlined, pure_macros
-from chatloss.shapes.recorder import Recorder, Symbol, Text, Unplanned
+from chatloss.shapes.recorder import Recorder, Text
+from chatloss.shapes.symbols import Once, Symbol, SymbolMeter, Unplanned
 from chatloss.traced.statements import Generator
 
 __all__ = ["RecordingSandbox"]
@@ -26,7 +27,7 @@ _TYPE_TESTS = frozenset(
 )
 # Filters that are a method of texts.
 _METHODS = {"trim": "strip", "upper": "upper", "lower": "lower"}
-_TEXT_FILTERS = frozenset("trim upper lower tojson replace string".split())
+_TEXT_FILTERS = frozenset("trim upper lower tojson replace string safe".split())
 _RANDOM = frozenset(("lipsum", "cycler", "joiner"))
 
 
@@ -42,7 +43,7 @@ class RecordingSandbox(Sandbox):
     short = SHORT
 
     def __init__(self, clock: Callable[[], datetime], bounds: Bounds) -> None:
-        super().__init__(clock, bounds)
+        super().__init__(clock, bounds, SymbolMeter(bounds))
         self._clock = clock
         self.worlds = self.recorder = Recorder(self.meter)
         self.filters = {name: self._recorded("filter", name, function) for name, function in self.filters.items()}
@@ -68,6 +69,7 @@ class RecordingSandbox(Sandbox):
 
     def _recorded(self, kind: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         recorder, context = self.recorder, hasattr(function, "jinja_pass_arg")
+        taken = _once(function) if (kind, name) == ("filter", "items") else function
         of_type, fixed = kind == "test" and name in _TYPE_TESTS, kind == "test" or name in _TEXT_FILTERS
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -76,24 +78,38 @@ class RecordingSandbox(Sandbox):
                 made = None if context else recorder.step_of_tools((kind, name), function, args, kwargs)
                 if made is not None:
                     return made
+                args = recorder.whole(args[0]), *args[1:]
+            if name == "join" and not kwargs and len(args[context:]) <= 2:
+                text = self._joined_texts(*args[context:])
+                if text is not None:
+                    return text
             if not any(type(one) is Symbol for one in (*args, *kwargs.values())):
                 return function(*args, **kwargs)
             first = args[0]
             if not context and type(first) is Symbol and first.fixed and len(args) == 1 and not kwargs:
                 if of_type:
                     return function(first.value)
-                if kind == "filter" and isinstance(first.value, str):
-                    if name in ("string", "safe"):
+                if kind == "filter" and type(first.value) is str:
+                    if name == "string":
                         return first
                     if name in _METHODS:
                         return self.method(None, _METHODS[name], first)
             if context:  # which differs from rendering to rendering
                 return recorder.step((kind, name), partial(function, first), args[1:], kwargs, fixed)
-            return recorder.step((kind, name), function, args, kwargs, fixed)
+            return recorder.step((kind, name), taken, args, kwargs, fixed)
 
         if context:
             recorded.jinja_pass_arg = function.jinja_pass_arg  # type: ignore[attr-defined]
         return recorded
+
+    def _joined_texts(self, parts: Any, glue: Any = "") -> str | Symbol | None:
+        """The filter `join`, of texts of which some are symbols; None for anything else."""
+        if type(parts) is not list or type(glue) is not str:
+            return None
+        if not any(type(one) is Symbol for one in parts) or not all(map(_is_text, parts)):
+            return None
+        self.meter.tick(len(parts) + 1)
+        return self.recorder.joined([part for one in parts for part in (glue, one)][1:])
 
     def _concatenated_symbols(self, *values: Any) -> Any:
         if any(type(value) is Symbol for value in values):
@@ -104,9 +120,12 @@ class RecordingSandbox(Sandbox):
         """What is written where `value` is."""
         if type(value) is not Symbol:
             return self._finalize(value)
-        if isinstance(value.value, str) and value.fixed:
+        if type(value.value) is str and value.fixed:
             return value
-        return self.recorder.step("text", self._text, (value,), fixed=True)
+        return self.recorder.step("text", self._plain_text, (value,), fixed=True)
+
+    def _plain_text(self, value: Any) -> str:
+        return "".join(("", self._text(value)))  # of markup, too, to which nothing can be added as it is
 
     def show(self, buffer: Text, value: Any) -> None:
         buffer.write(1, self._as_text(value))
@@ -199,6 +218,11 @@ def _unweighed(function: Callable[..., Any]) -> Callable[..., Any]:
     if hasattr(function, "jinja_pass_arg"):
         weighed.jinja_pass_arg = function.jinja_pass_arg  # type: ignore[attr-defined]
     return weighed
+
+
+def _once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The filter `items`, of which only a loop can take something."""
+    return lambda value: Once([*function(value)])
 
 
 def _same(value: Any, other: Any) -> bool:

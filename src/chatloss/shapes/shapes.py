@@ -12,8 +12,9 @@ from jinja2.exceptions import TemplateError as JinjaError
 
 from chatloss.meter import Bounds, Exceeded
 from chatloss.shapes.program import Program
-from chatloss.shapes.recorder import Symbol, Unplanned, told
+from chatloss.shapes.recorder import told
 from chatloss.shapes.sandbox import RecordingSandbox
+from chatloss.shapes.symbols import Symbol, Unplanned
 from chatloss.traced.expressions import Unsupported
 from chatloss.traced.render import World
 
@@ -25,7 +26,7 @@ Rendered = list[str | Exception | None]
 LARGEST = 32  # messages: longer conversations hardly ever have the same shape
 # So many conversations of a shape take as long as recording one and planning its rows, and so many more to try again.
 OFTEN, LATER = 4, 144
-KNOWN, RECORDED, EACH = 4096, 256, 4  # shapes that are counted, those that are recorded, recordings of each
+KNOWN, RECORDED, EACH = 4096, 256, 8  # shapes that are counted, those that are recorded, recordings of each
 KEPT = 200_000  # steps and pieces of all recordings together
 LONGEST_SHAPE, LONGEST_NAME, LONGEST_TEXT = 1024, 64, 2**16  # of what is kept for each
 _SCALARS = frozenset((str, int, bool, float, type(None)))
