@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 NAMES = ("exactness", "invariance", "head_memory", "fill", "row_formats", "hf", "training", "preference",
-         "one_pass", "prepare", "scale")
+         "one_pass", "shapes", "prepare", "scale")
 
 
 def main() -> int:
