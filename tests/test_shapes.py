@@ -177,6 +177,8 @@ ASKED = {
                            "{{ {'a': 'b'}|tojson }}{% endfor %}",
     "under a number": LOOP + "{{ {1: m.content}|tojson }}{% endfor %}",
     "a message as JSON": LOOP + "{{ m|tojson }}{{ [m, m.content]|tojson(indent=1) }}{% endfor %}",
+    "the same message": LOOP + "{% if m == messages[-1] %}last{% endif %}{{ m in messages[1:] }}{{ m != messages[0] }}"
+                        "{{ [m.content] == ['b'] }}{{ messages.index(m) }}{% endfor %}",
     "joined": "{% set ns = namespace(l=[]) %}" + LOOP + "{% set ns.l = ns.l + [m.content] %}{{ ns.l|join('-') }}"
               "{% if ns.l|join == 'ab' %}!{% endif %}{% endfor %}",
     "joined with others": LOOP + "{{ [m.content, 1]|join }}{{ [m.content]|join('<', 'x') }}{% endfor %}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import marshal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from operator import eq
 from typing import Any, NoReturn
 
 from jinja2.runtime import LoopContext, Undefined
@@ -202,6 +203,10 @@ class Recorder:
         found = bool(given)
         self._guard(value, found, True)
         return found
+
+    def equal(self, value: Symbol, other: Any) -> bool:
+        """Whether they are equal, as they must be in every conversation, or in none."""
+        return self.truth(self.step("==", eq, (value, self.whole(other)), fixed=True))
 
     def exactly(self, value: Any) -> Any:
         """`value`, which every conversation must have the same of."""

@@ -35,10 +35,17 @@ class Symbol:
     def __bool__(self) -> bool:
         return self._recorder.truth(self)
 
+    def __eq__(self, other: object) -> bool:
+        """Asked where lists or objects are compared that have it in them."""
+        return self._recorder.equal(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self._recorder.equal(self, other)
+
     def _unplanned(self, *args: Any) -> NoReturn:
         raise Unplanned("a text was used in a way that is not recorded")
 
-    __str__ = __repr__ = __len__ = __iter__ = __hash__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = _unplanned
+    __str__ = __repr__ = __len__ = __iter__ = __hash__ = __lt__ = __le__ = __gt__ = _unplanned
     __ge__ = __contains__ = __getitem__ = __index__ = __int__ = __float__ = __format__ = __call__ = _unplanned
     __add__ = __radd__ = __mul__ = __rmul__ = __mod__ = __rmod__ = __reversed__ = __fspath__ = _unplanned
 
