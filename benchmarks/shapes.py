@@ -1,4 +1,4 @@
-"""Chats rendered by the shape of another: ``python -m benchmarks.shapes``, about five minutes.
+"""Chats rendered by the shape of another: ``python -m benchmarks.shapes``, about ten minutes.
 
 Over all templates of the corpus: how many know the shape of a chat once they have rendered one of it, how many of four
 others with stranger and stranger words they render by that, and that those are what rendering alone gives.

@@ -11,7 +11,7 @@ from chatloss.shapes.shapes import Recording
 
 __all__ = ["Spaced"]
 
-OFTEN, SEEN = 2, 1024  # sights of a pattern until it is worth a plan; patterns of a recording that are counted
+OFTEN, SEEN = 4, 1024  # sights of a pattern that take as long as planning it; patterns of a recording that are counted
 KEPT = 200_000  # pieces of all recordings that were made here
 
 # For each value of a recording, whether there is space before its text, and behind it; nothing where all is space.
@@ -34,7 +34,8 @@ class Spaced:
         >>> spaced = Spaced()
         >>> spaced.of(made, ("<u>", "a", "b")) == (made, ("<u>", "a", "b"))
         True
-        >>> spaced.of(made, ("<u>", " a", "b"))
+        >>> [spaced.of(made, ("<u>", f" {i}", "b")) for i in range(OFTEN - 1)]
+        [None, None, None]
         >>> other, texts = spaced.of(made, ("<u>", "\\n c", "d"))
         >>> texts, other.worlds
         (('<u>', '\\n ', 'c', 'd'), {(1, False): (0, 1, 2, 0, 3)})
