@@ -50,7 +50,7 @@ def test_of_any_words(family: str) -> None:
             served(made, [("one", spaced_out, "two", "The answer."), (spaced_out, "An answer", spaced_out, spaced_out)])
 
 
-def test_what_is_only_space_is_no_text_with_space(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_only_space_is_no_text_with_space() -> None:
     """Where a plan takes a piece for space it must be that in all conversations that the plan is used for."""
     for family in FAMILIES:
         made = fresh(family)
@@ -66,7 +66,16 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         made, texts = kept.of(one, ("<u>", "a\n"))  # type: ignore[misc]
         assert made.text(texts, 1, False) == "<u>a\n" * 50
         assert kept.of(one, ("<u>", "b\n"))[0] is made  # type: ignore[index]
-    assert sum(map(len, kept._sights.values())) <= 4
+    assert sum(map(len, kept._made.values())) <= 4
+
+
+def test_what_is_counted_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spaced, "OFTEN", 2)
+    monkeypatch.setattr(spaced, "SEEN", 3)
+    kept, one = Spaced(), Recording(None, (), 0, 1, {(1, False): (0, 1, 2, 3)})  # type: ignore[arg-type]
+    patterns = [[f"a{' ' * (i >> k & 1)}" for k in range(4)] for i in range(1, 16)]
+    assert [kept.of(one, texts) for texts in patterns] == [None] * 15
+    assert len(kept._sights) <= 3 and kept.of(one, patterns[-1]) is not None
 
 
 def test_a_pattern_is_planned_when_it_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,14 +148,14 @@ class _Plan:
                 shown.append((k, *places, tuple(self._within(ends, a, b) for a, b, _ in fields), by_text))
                 continue
             fields_of_k = self._fields(k, pieces, ends, text, begin)
-            last = fields_of_k[-1][1] if fields_of_k else -1  # and the space behind a turn's text, which is its own too
-            if own is not None and fields_of_k and not (calls or self._space_stops):
-                last += self._has_space(pieces, last + 1)
+            lasts = [piece for _, piece in fields_of_k]
             if own is not None:
-                self._only_constants(pieces, ends, [*(piece for _, piece in fields_of_k[:-1]), last], own, calls)
-            for i, (field, piece) in enumerate(fields_of_k, 1):
+                if lasts and not (calls or self._space_stops):
+                    lasts[-1] += self._has_space(pieces, lasts[-1] + 1)  # behind a turn's text it is the turn's too
+                self._only_constants(pieces, ends, lasts, own, calls)
+            for (field, piece), last in zip(fields_of_k, lasts, strict=True):
                 found.append((piece, pieces[piece], self._pieces.place(world, starts, begin)))
-                a, b = ends[piece], ends[(last if i == len(fields_of_k) else piece) + 1]
+                a, b = ends[piece], ends[last + 1]
                 if own is None:
                     texts.append((a, b, None))
                 else:
@@ -343,10 +343,10 @@ class _Plan:
         self, k: int, field: Field, pieces: Sequence[int], piece: int, tail: str
     ) -> tuple[int, tuple[int, ...], str]:
         """What decides where a message ends that its own rendering ends in another way."""
-        own, before, texts = self._pieces.world(k + 1), self._rendering.prompt(k), self._texts
+        texts, own, before = self._texts, self._pieces.world(k + 1), self._rendering.prompt(k)
         starts = self._pieces.starts(own)
-        at = "".join(self._texts[i] for i in own).find(field.text, len(before or ""))
-        if at not in starts or self._texts[own[starts.index(at)]] != field.text:
+        at = "".join(texts[i] for i in own).find(field.text, len(before or ""))
+        if at not in starts or texts[own[starts.index(at)]] != field.text:
             raise Unlike("an answer that is not written as it stands")
         self._told[k, field.reason == Reason.REASONING].add(own[starts.index(at)])
         rest, following = own[starts.index(at) + 1 :], pieces[piece + 1 :]

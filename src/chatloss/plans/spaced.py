@@ -11,11 +11,10 @@ from chatloss.shapes.shapes import Recording
 
 __all__ = ["Spaced"]
 
-OFTEN, SEEN = 4, 1024  # sights of a pattern that take as long as planning it; patterns of a recording that are counted
+OFTEN, SEEN = 4, 4096  # sights of a pattern that take as long as planning it; patterns that are counted
 KEPT = 200_000  # pieces of all recordings that were made here
 
-# For each value of a recording, whether there is space before its text, and behind it; nothing where all is space.
-_Pattern = tuple[tuple[bool, ...], ...]
+_BEFORE, _BEHIND, _ALL = 1, 2, 4  # where a value has space
 
 
 class Spaced:
@@ -24,7 +23,8 @@ class Spaced:
     """
 
     def __init__(self) -> None:
-        self._sights: WeakKeyDictionary[Recording, dict[_Pattern, Recording | int]] = WeakKeyDictionary()
+        self._sights: dict[int, int] = {}  # by hash: all is forgotten when it is too much
+        self._made: WeakKeyDictionary[Recording, dict[bytes, Recording]] = WeakKeyDictionary()
 
     def of(self, recording: Recording, texts: Sequence[str]) -> tuple[Recording, Sequence[str]] | None:
         """A recording that gave `texts`, and these, with texts and space apart; None for a pattern hardly seen yet.
@@ -43,26 +43,35 @@ class Spaced:
         values = [*texts[recording.constants :]]
         if [value.strip() for value in values] == values:
             return recording, texts
-        parts = [*map(_parts, values)]
-        pattern = tuple([there for there, _ in parts])
-        sights = self._sights.setdefault(recording, {})
-        made = sights.get(pattern, 0)
-        if isinstance(made, int):
-            if made + 1 < OFTEN:
-                if len(sights) < SEEN:
-                    sights[pattern] = made + 1
+        spaces, parts = zip(*map(_parts, values), strict=True)
+        pattern = bytes(spaces)
+        made = self._made.setdefault(recording, {}).get(pattern)
+        if made is None:
+            if not self._often(hash((id(recording), pattern))):
                 return None
             made = _apart(recording, pattern)
-            if _size(made) + sum(_size(one) for each in self._sights.values() for one in each.values()) > KEPT:
+            self._keep(recording, pattern, made)
+        return made, (*recording.texts, *[part for found in parts for part in found])
+
+    def _often(self, sight: int) -> bool:
+        """Whether a plan is worth its time, after so many conversations that had to do without."""
+        seen = self._sights.pop(sight, 0) + 1
+        if seen < OFTEN:
+            if len(self._sights) == SEEN:
                 self._sights.clear()
-            self._sights.setdefault(recording, {})[pattern] = made
-        return made, (*recording.texts, *[part for _, found in parts for part in found])
+            self._sights[sight] = seen
+        return seen >= OFTEN
+
+    def _keep(self, recording: Recording, pattern: bytes, made: Recording) -> None:
+        if _size(made) + sum(_size(one) for each in self._made.values() for one in each.values()) > KEPT:
+            self._made.clear()
+        self._made.setdefault(recording, {})[pattern] = made
 
 
-def _apart(recording: Recording, pattern: _Pattern) -> Recording:
+def _apart(recording: Recording, pattern: bytes) -> Recording:
     """The recording with three pieces, or two, for a value that has space in conversations of the pattern."""
     first = recording.constants
-    ends = [*accumulate([1 + sum(there) for there in pattern], initial=first)]
+    ends = [*accumulate([1 + bool(there & _BEFORE) + bool(there & _BEHIND) for there in pattern], initial=first)]
     pieces = [*((i,) for i in range(first)), *map(range, ends, ends[1:])]
     return replace(recording, worlds={
         world: tuple([i for one in old for i in pieces[one]]) if isinstance(old, tuple) else old
@@ -70,14 +79,14 @@ def _apart(recording: Recording, pattern: _Pattern) -> Recording:
     })
 
 
-def _parts(value: str) -> tuple[tuple[bool, ...], tuple[str, ...]]:
+def _parts(value: str) -> tuple[int, tuple[str, ...]]:
     """Where a value has space, and the parts that are then apart."""
     text = value.strip()
     if value == text or not text:
-        return (False, False) if value == text else (), (value,)
+        return 0 if value == text else _ALL, (value,)
     before, _, behind = value.partition(text)
-    return (before != "", behind != ""), tuple(part for part in (before, text, behind) if part)
+    return _BEFORE * bool(before) + _BEHIND * bool(behind), tuple(part for part in (before, text, behind) if part)
 
 
-def _size(made: Recording | int) -> int:
-    return 1 if isinstance(made, int) else sum(len(one) for one in made.worlds.values() if isinstance(one, tuple))
+def _size(made: Recording) -> int:
+    return sum(len(one) for one in made.worlds.values() if isinstance(one, tuple))

@@ -70,6 +70,7 @@ class SymbolMeter(Meter):
 
 
 def holds_symbols(value: Any, depth: int = 4) -> bool:
+    """Whether there may be symbols in it: what is deeper than `depth` is not looked at."""
     if type(value) is Symbol:
         return True
     if isinstance(value, dict):
