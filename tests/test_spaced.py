@@ -11,7 +11,8 @@ from chatloss.encode import ChatEncoder
 from chatloss.plans import spaced
 from chatloss.plans.spaced import Spaced
 from chatloss.shapes import shapes
-from chatloss.shapes.shapes import Recording
+from chatloss.shapes.recording import Recording
+from chatloss.shapes.renderings import Renderings
 from tests import conformance
 from tests.test_shape_rows import FAMILIES, LONGER, at_once, encoder, planned
 from tests.test_shapes import WORDS
@@ -59,7 +60,7 @@ def test_what_is_only_space_is_no_text_with_space() -> None:
 
 
 def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded = [Recording(None, ("<u>",), 0, 1, {(1, False): (0, 1) * 50}) for _ in range(9)]  # type: ignore[arg-type]
+    recorded = [Recording(None, ("<u>",), 0, 1, Renderings({(1, False): (0, 1) * 50})) for _ in range(9)]  # type: ignore[arg-type]
     monkeypatch.setattr(spaced, "KEPT", 450)
     kept = Spaced()
     for one in recorded:
@@ -72,7 +73,7 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_counted_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spaced, "OFTEN", 2)
     monkeypatch.setattr(spaced, "SEEN", 3)
-    kept, one = Spaced(), Recording(None, (), 0, 1, {(1, False): (0, 1, 2, 3)})  # type: ignore[arg-type]
+    kept, one = Spaced(), Recording(None, (), 0, 1, Renderings({(1, False): (0, 1, 2, 3)}))  # type: ignore[arg-type]
     patterns = [[f"a{' ' * (i >> k & 1)}" for k in range(4)] for i in range(1, 16)]
     assert [kept.of(one, texts) for texts in patterns] == [None] * 15
     assert len(kept._sights) <= 3 and kept.of(one, patterns[-1]) is not None

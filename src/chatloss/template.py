@@ -17,7 +17,8 @@ from jinja2.exceptions import TemplateSyntaxError
 from chatloss.chat import REASONING_KEYS
 from chatloss.errors import ChatlossError, TemplateError
 from chatloss.sandbox import Bounds, Exceeded, Sandbox
-from chatloss.shapes.shapes import Recording, Shapes
+from chatloss.shapes.recording import Recording
+from chatloss.shapes.shapes import SMALL, Shapes
 from chatloss.stops import Stop, control_texts, first_stop, last_stop, next_header
 from chatloss.traced import TracedTemplate, Unsupported, World
 
@@ -151,15 +152,17 @@ class ChatTemplate:
         worlds = [
             World(one.count, one.prompt, (one.swap[0], _aliased(one.swap[1]))) if one.swap else one for one in worlds
         ]
-        made = known.render(messages, worlds, tools, kwargs) if known is not None else None
-        replayed = made is not None
-        if made is None:
+        made = by_shape = known.render(messages, worlds, tools, kwargs) if known is not None else None
+        replayed = made is not None and len(messages) <= SMALL
+        if made is None or not replayed:
             made = traced.render(
                 messages, worlds, tools=None if tools is None else list(tools), documents=None,
                 **{**self.special_tokens, **kwargs},
             )
             if known_of is not None:
                 known_of += traced.known
+            if by_shape is not None and any(map(_differ, by_shape, made)):
+                raise _wrong()
         else:
             self.traced["of a known shape"] += 1
         refusals = {id(one): _refusal(one) for one in made if isinstance(one, Exception)}
@@ -172,7 +175,8 @@ class ChatTemplate:
                 return error
 
         still = self.clock != datetime.now or "strftime_now" not in text
-        if not self._check(found, alone, still, replayed, whole=known is not None and known.fresh) and replayed:
+        whole = replayed and known is not None and known.fresh
+        if not self._check(found, alone, still, replayed, whole) and replayed:
             shapes[name] = None
         missing = found.count(None)
         self.traced["rendered alone"] += missing
@@ -208,10 +212,7 @@ class ChatTemplate:
         compared = range(len(found)) if whole else sample
         wrong = still and any(isinstance(found[i], str) and alone(i) != found[i] for i in compared)
         if wrong or (still and replayed and not whole and not right):
-            raise ChatlossError(
-                "the template rendered in one pass differs from the template rendered alone",
-                hint="--no-trace, and please report this template", kind="trace",
-            )
+            raise _wrong()
         return right
 
     def _compile(self, text: str) -> Template:
@@ -328,6 +329,18 @@ def _aliased(message: Mapping[str, Any]) -> dict[str, Any]:
     plain = {key: value for key, value in message.items() if value is not None}
     reasoning = next((plain[key] for key in REASONING_KEYS if key in plain), None)
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
+def _differ(one: str | Exception | None, other: str | Exception | None) -> bool:
+    """Whether two ways of rendering give something else."""
+    return one is not None and other is not None and (type(one), str(one)) != (type(other), str(other))
+
+
+def _wrong() -> ChatlossError:
+    return ChatlossError(
+        "the template rendered in one pass differs from the template rendered alone",
+        hint="--no-trace, and please report this template", kind="trace",
+    )
 
 
 def _refusal(error: Exception) -> TemplateError:

@@ -16,7 +16,7 @@ from chatloss.plans.rows import RowPlan, wishes
 from chatloss.plans.spaced import Spaced
 from chatloss.reference import Rendering
 from chatloss.sample import Decode, Sample
-from chatloss.shapes.shapes import Recording
+from chatloss.shapes.recording import Recording
 from chatloss.tokens import FastTokens
 
 __all__ = ["Planned", "RowPlans", "same_encodings", "same_rows"]

@@ -21,7 +21,7 @@ from chatloss.places import Seen, end_in, fields_in
 from chatloss.plans.placed import Cut, Draft, Layout, Placed
 from chatloss.reference import Rendering
 from chatloss.sample import Decode, Reason, Sample
-from chatloss.shapes.shapes import Recording
+from chatloss.shapes.recording import Recording
 from chatloss.tokens import Ids
 
 __all__ = ["Aside", "Place", "Row", "RowPlan", "alike", "wishes"]

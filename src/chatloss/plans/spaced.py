@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import accumulate
 from weakref import WeakKeyDictionary
 
-from chatloss.shapes.shapes import Recording
+from chatloss.shapes.recording import Recording
 
 __all__ = ["Spaced"]
 
@@ -29,16 +29,16 @@ class Spaced:
     def of(self, recording: Recording, texts: Sequence[str]) -> tuple[Recording, Sequence[str]] | None:
         """A recording that gave `texts`, and these, with texts and space apart; None for a pattern hardly seen yet.
 
-        >>> from chatloss.shapes.program import Program
-        >>> made = Recording(None, ("<u>",), 0, 1, {(1, False): (0, 1, 0, 2)})
+        >>> from chatloss.shapes.renderings import Renderings
+        >>> made = Recording(None, ("<u>",), 0, 1, Renderings({(1, False): (0, 1, 0, 2)}))
         >>> spaced = Spaced()
         >>> spaced.of(made, ("<u>", "a", "b")) == (made, ("<u>", "a", "b"))
         True
         >>> [spaced.of(made, ("<u>", f" {i}", "b")) for i in range(OFTEN - 1)]
         [None, None, None]
         >>> other, texts = spaced.of(made, ("<u>", "\\n c", "d"))
-        >>> texts, other.worlds
-        (('<u>', '\\n ', 'c', 'd'), {(1, False): (0, 1, 2, 0, 3)})
+        >>> texts, other.worlds[1, False]
+        (('<u>', '\\n ', 'c', 'd'), (0, 1, 2, 0, 3))
         """
         values = [*texts[recording.constants :]]
         if [value.strip() for value in values] == values:
@@ -63,7 +63,7 @@ class Spaced:
         return seen >= OFTEN
 
     def _keep(self, recording: Recording, pattern: bytes, made: Recording) -> None:
-        if _size(made) + sum(_size(one) for each in self._made.values() for one in each.values()) > KEPT:
+        if made.worlds.size + sum(one.worlds.size for each in self._made.values() for one in each.values()) > KEPT:
             self._made.clear()
         self._made.setdefault(recording, {})[pattern] = made
 
@@ -73,10 +73,7 @@ def _apart(recording: Recording, pattern: bytes) -> Recording:
     first = recording.constants
     ends = [*accumulate([1 + bool(there & _BEFORE) + bool(there & _BEHIND) for there in pattern], initial=first)]
     pieces = [*((i,) for i in range(first)), *map(range, ends, ends[1:])]
-    return replace(recording, worlds={
-        world: tuple([i for one in old for i in pieces[one]]) if isinstance(old, tuple) else old
-        for world, old in recording.worlds.items()
-    })
+    return replace(recording, worlds=recording.worlds.split(pieces.__getitem__))
 
 
 def _parts(value: str) -> tuple[int, tuple[str, ...]]:
@@ -87,6 +84,3 @@ def _parts(value: str) -> tuple[int, tuple[str, ...]]:
     before, _, behind = value.partition(text)
     return _BEFORE * bool(before) + _BEHIND * bool(behind), tuple(part for part in (before, text, behind) if part)
 
-
-def _size(made: Recording) -> int:
-    return sum(len(one) for one in made.worlds.values() if isinstance(one, tuple))

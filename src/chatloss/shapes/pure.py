@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import marshal
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -10,9 +11,11 @@ from typing import Any
 
 from jinja2 import Template, nodes
 
+from chatloss.kept import Kept
+from chatloss.meter import Meter
 from chatloss.sandbox import Sandbox
 
-__all__ = ["GLOBALS", "outlined", "pure_macros"]
+__all__ = ["GLOBALS", "OfTools", "outlined", "pure_macros"]
 
 # What a macro may name beside its own: these give the same every time, as long as a conversation has no such variable.
 GLOBALS = frozenset(("dict", "namespace", "raise_exception", "range"))
@@ -37,6 +40,25 @@ def pure_macros(sandbox: Sandbox, text: str) -> dict[str, Callable[..., Any]]:
     for _ in template.root_render_func(context):
         pass
     return {node.name: partial(sandbox.call, context, context.vars[node.name]) for node in found}
+
+
+class OfTools:
+    """A function of tools and scalars alone. Chats come with the same tools again and again."""
+
+    def __init__(self, name: Any, function: Callable[..., str], meter: Meter, kept: Kept) -> None:
+        self._name, self._function, self._meter, self._kept = name, function, meter, kept
+
+    def __call__(self, *args: Any, **kwargs: Any) -> str:
+        try:
+            of = marshal.dumps((self._name, args, kwargs), 2)  # which tells a tuple from a list, and 1 from true
+        except ValueError:
+            return self._function(*args, **kwargs)
+        self._meter.tick(len(of) >> 4)
+        found = self._kept.texts.get(of)
+        if found is None:
+            return self._kept.keep(of, self._function(*args, **kwargs))
+        self._meter.spend(found)
+        return found
 
 
 def outlined(tree: nodes.Template) -> nodes.Template:

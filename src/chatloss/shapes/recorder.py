@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import marshal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from operator import eq
@@ -13,9 +12,10 @@ from jinja2.utils import Namespace
 
 from chatloss.kept import Kept
 from chatloss.meter import Exceeded, Meter
+from chatloss.shapes.pure import OfTools
 from chatloss.shapes.symbols import Once, Pieces, Symbol, Unplanned, holds_symbols
 
-__all__ = ["Recorder", "Step", "told"]
+__all__ = ["Recorder", "Step", "Written", "told"]
 
 MOST = 4000  # steps of a recording, parts of a text
 LARGEST = 256  # parts of a list or dict with symbols in it
@@ -24,12 +24,15 @@ _SCALARS = frozenset((str, int, float, bool, type(None)))
 
 # (slot, function, arguments, keyword arguments), or (-1, what it must be, (symbol,), whether only its truth counts)
 Step = tuple[int, Any, tuple[Any, ...], Any]
+# By world what it writes: texts of the template, and slots of symbols; or what it raises.
+Written = dict[tuple[int, bool], "tuple[str | int, ...] | Exception"]
 
 
 class Recorder:
     """What code of `traced.statements` calls `W`, for one rendering alone whose varying values are symbols.
 
-    `steps` are those of all renderings since `begin`. A step that was taken before is not taken again.
+    `steps` are those of all renderings since `begin`, `written` the symbols that these write, by slot. A step that was
+    taken before is not taken again.
     """
 
     mask = 1  # the one rendering runs
@@ -46,6 +49,7 @@ class Recorder:
         self.slots = 0
         self._known: dict[Any, Symbol | Exception] = {}
         self._asked: set[tuple[int, bool]] = set()
+        self.written: dict[int, Symbol] = {}
         self._kept: list[Any] = []  # what steps are known by the identity of
         self.start()
 
@@ -152,6 +156,17 @@ class Recorder:
             return flat[0]
         text = self.summed(*map(self.plain_value, flat))
         return Symbol(self, text, -1, True, flat, of_tools=_of_tools(flat))
+
+    def flat(self, parts: Sequence[str | Symbol]) -> list[str | int]:
+        """What is written: texts, and the slots of symbols."""
+        whole, found = self.joined(parts), list[str | int]()
+        for one in (whole.parts or [whole]) if type(whole) is Symbol else [whole]:
+            if isinstance(one, Symbol):
+                self.written[one.slot] = one
+                found.append(one.slot)
+            elif one:
+                found.append(one)
+        return found
 
     def summed(self, *texts: str) -> str:
         """The sum of texts, counted: in a recording, and in each replay."""
@@ -330,25 +345,6 @@ class Recorder:
         if len(items) != count:
             raise Unplanned("another number of values to unpack")
         return tuple(items)
-
-
-class OfTools:
-    """A function of tools and scalars alone. Chats come with the same tools again and again."""
-
-    def __init__(self, name: Any, function: Callable[..., str], meter: Meter, kept: Kept) -> None:
-        self._name, self._function, self._meter, self._kept = name, function, meter, kept
-
-    def __call__(self, *args: Any, **kwargs: Any) -> str:
-        try:
-            of = marshal.dumps((self._name, args, kwargs), 2)  # which tells a tuple from a list, and 1 from true
-        except ValueError:
-            return self._function(*args, **kwargs)
-        self._meter.tick(len(of) >> 4)
-        found = self._kept.texts.get(of)
-        if found is None:
-            return self._kept.keep(of, self._function(*args, **kwargs))
-        self._meter.spend(found)
-        return found
 
 
 class Text:

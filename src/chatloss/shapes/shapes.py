@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from jinja2 import Template
 from jinja2.exceptions import TemplateError as JinjaError
 
-from chatloss.meter import Bounds, Exceeded
-from chatloss.shapes.program import Program
-from chatloss.shapes.recorder import told
+from chatloss.meter import Bounds
+from chatloss.shapes.recording import Recording, recorded, written_alone
 from chatloss.shapes.sandbox import RecordingSandbox
-from chatloss.shapes.symbols import Symbol, Unplanned
+from chatloss.shapes.together import TogetherSandbox, written_together
 from chatloss.traced.expressions import Unsupported
 from chatloss.traced.render import World
 
@@ -23,37 +22,13 @@ __all__ = ["Recording", "Shapes"]
 Message = Mapping[str, Any]
 Rendered = list[str | Exception | None]
 
-LARGEST = 32  # messages: longer conversations hardly ever have the same shape
+LARGEST, SMALL = 256, 32  # messages of a conversation; where there are more, all is recorded in one pass
 # So many conversations of a shape take as long as recording one and planning its rows, and so many more to try again.
 OFTEN, LATER = 4, 144
 KNOWN, RECORDED, EACH = 4096, 256, 8  # shapes that are counted, those that are recorded, recordings of each
 KEPT = 200_000  # steps and pieces of all recordings together
-LONGEST_SHAPE, LONGEST_NAME, LONGEST_TEXT = 1024, 64, 2**16  # of what is kept for each
+LONGEST_SHAPE, LONGEST_NAME, LONGEST_TEXT = 4096, 64, 2**20  # of what is kept for each
 _SCALARS = frozenset((str, int, bool, float, type(None)))
-
-
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
-class Recording:
-    """How to render the worlds of a shape: for each the indices of its pieces among `texts` and what `program` gives.
-
-    Pieces from `constants` on are values of the program. A world that the template refuses has what it raises. `size`:
-    its steps and pieces. `repeats`: how often a value of the program is written in a world, at most.
-    """
-
-    program: Program
-    texts: tuple[str, ...]
-    size: int
-    repeats: int
-    worlds: Mapping[tuple[int, bool], tuple[int, ...] | Exception]
-
-    @property
-    def constants(self) -> int:
-        return len(self.texts)
-
-    def text(self, texts: Sequence[str], count: int, prompt: bool) -> str | None:
-        """A world of the conversation whose pieces are `texts`; None where it is refused or not known."""
-        pieces = self.worlds.get((count, prompt))
-        return "".join([texts[i] for i in pieces]) if isinstance(pieces, tuple) else None
 
 
 class Shapes:
@@ -75,7 +50,8 @@ class Shapes:
             self._template = self._sandbox.load(text)
         except (JinjaError, SyntaxError, RecursionError, MemoryError, ValueError, OverflowError, TypeError) as error:
             raise Unsupported(str(error)) from None
-        self._constants = constants
+        self._constants, self._text, self._clock = constants, text, clock
+        self._together: tuple[TogetherSandbox, Template] | None = None
         self.fresh = False
         self._seen: OrderedDict[int, int] = OrderedDict()  # by hash: shapes may be long
         self._shapes: OrderedDict[Any, list[Recording]] = OrderedDict()
@@ -86,19 +62,21 @@ class Shapes:
     ) -> Rendered | None:
         """What `worlds` write or raise, None where that is not known; None for a conversation of no known shape.
 
+        None for a long one, too, whose recording is not new: one pass is as fast, and tells more of its prefixes.
+
         `variables` are what the conversation gives the template beside that; `constants` it always has.
         """
         key, leaves = _shape_of(messages, tools, variables)
         if key is None:
             return None
-        self._sandbox.meter.start()
+        self._start()
         shape, texts = self._known(key, leaves)
         self.fresh = texts is None and _may_be_kept(key) and self._often(key)
         if self.fresh:
             self._learn(key, self._record(messages, worlds, tools, variables))
-            self._sandbox.meter.start()
+            self._start()
             shape, texts = self._known(key, leaves)
-        if shape is None or texts is None:
+        if shape is None or texts is None or (len(messages) > SMALL and not self.fresh):
             return None
         found: Rendered = []
         for world in worlds:
@@ -120,9 +98,13 @@ class Shapes:
         key, leaves = _shape_of(messages, tools, variables)
         if key not in self._shapes:
             return None
-        self._sandbox.meter.start()
+        self._start()
         recording, texts = self._known(key, leaves)
         return None if recording is None or texts is None else (recording, texts)
+
+    def _start(self) -> None:
+        for sandbox in (self._sandbox, *(self._together or ())[:1]):
+            sandbox.meter.start()
 
     def _known(self, key: Any, leaves: Sequence[Any]) -> tuple[Recording | None, tuple[Any, ...] | None]:
         """The recording that a conversation passes all guards of, and what that gives."""
@@ -176,53 +158,14 @@ class Shapes:
         """The shape of a conversation; None where another one of its shape may be rendered in another way."""
         if sum(map(_length, _shape_of(messages, tools, variables)[1])) > LONGEST_TEXT:
             return None  # recordings keep it
-        recorder = self._sandbox.recorder
-        recorder.begin()
-        self._sandbox.meter.start()  # all renderings together may take what one may
-        leaves = 0
-
-        def leaf(value: Any, of_tools: bool = False) -> Symbol:
-            nonlocal leaves
-            leaves += 1
-            return recorder.leaf(value, of_tools)
-
-        given = [_with_leaves(message, leaf) for message in messages]
-        tools = None if tools is None else [leaf(tool, of_tools=True) for tool in tools]
-        written: dict[tuple[int, bool], list[Any] | Exception] = {}
-        refusals: dict[str, Exception] = {}
-        try:
-            for count, prompt in dict.fromkeys((world.count, world.prompt) for world in worlds):
-                recorder.start()
-                context = self._template.new_context({
-                    **self._constants, **variables, "messages": given[:count], "tools": tools, "documents": None,
-                    "add_generation_prompt": prompt,
-                })
-                try:
-                    for _ in self._template.root_render_func(context):
-                        pass
-                    made = recorder.joined(recorder.buffer.parts)
-                    written[count, prompt] = (made.parts or [made]) if type(made) is Symbol else [made]
-                except (Unplanned, Exceeded, RecursionError, MemoryError):
-                    return None
-                except Exception as error:  # a stranger's code: whatever it raises is its refusal
-                    written[count, prompt] = refusals.setdefault(told(error), error)
-            pieces = [one for parts in written.values() if isinstance(parts, list) for one in parts]
-            symbols = {one.slot: one for one in pieces if type(one) is Symbol}
-            program = Program(recorder, leaves, [*symbols.values()])
-            size = len(recorder.steps) + len(pieces)
-            repeats = max((n for parts in written.values() if isinstance(parts, list)
-                           for n in Counter(one.slot for one in parts if type(one) is Symbol).values()), default=0)
-        except (Unplanned, RecursionError, MemoryError):
-            return None
-        finally:
-            recorder.end()
-        texts = {one: i for i, one in enumerate(dict.fromkeys(one for one in pieces if type(one) is str))}
-        places = {slot: len(texts) + i for i, slot in enumerate(symbols)}
-        return Recording(program, tuple(texts), size, repeats, {
-            world: parts if isinstance(parts, Exception)
-            else tuple(places[one.slot] if type(one) is Symbol else texts[one] for one in parts)
-            for world, parts in written.items()
-        })
+        asked = dict.fromkeys((world.count, world.prompt) for world in worlds)
+        given = {**self._constants, **variables}
+        if len(messages) <= SMALL:
+            return recorded(written_alone, self._sandbox, self._template, messages, asked, tools, given)
+        if self._together is None:
+            sandbox = TogetherSandbox(self._clock, self._sandbox.meter.bounds)
+            self._together = sandbox, sandbox.load(self._text)
+        return recorded(written_together, *self._together, messages, asked, tools, given)
 
 
 def _shape_of(
@@ -287,23 +230,3 @@ def _walk(value: Mapping[str, Any], shape: list[Any], leaves: list[Any]) -> None
             shape.append(type(one))
             leaves.append(one)
     shape.append(None)
-
-
-def _with_leaves(message: Message, leaf: Callable[[Any], Symbol]) -> dict[str, Any]:
-    """The message with a symbol for each value, in the order of `_shape_of`."""
-    made: dict[str, Any] = {}
-    for key, value in message.items():
-        if key == "role":
-            made[key] = value
-        elif key == "tool_calls" and type(value) is not str:
-            made[key] = [_call_with_leaves(call, leaf) for call in value]
-        else:
-            made[key] = leaf(value)
-    return made
-
-
-def _call_with_leaves(call: Mapping[str, Any], leaf: Callable[[Any], Symbol]) -> dict[str, Any]:
-    return {
-        key: _call_with_leaves(one, leaf) if type(one) is dict and key == "function" else leaf(one)
-        for key, one in call.items()
-    }

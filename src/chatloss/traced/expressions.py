@@ -39,7 +39,10 @@ class Expressions(CodeGenerator):
 
     Operators that take no function are written twice: as they are, and, for varied operands, as a call of `Worlds`
     whose later operands are functions. Within those only the calls are written, or code would double at every level.
+    `varies`: how the code asks whether a value, by its type, is one of those operands.
     """
+
+    varies = "is V"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -80,7 +83,7 @@ class Expressions(CodeGenerator):
         self._within -= 1
         self.write(f") if type({value} := ")
         test()
-        self.write(") is V else ")
+        self.write(f") {self.varies} else ")
         if name == "cond":
             yes()
             self.write(f" if {value} else ")
@@ -135,7 +138,7 @@ class Expressions(CodeGenerator):
 
     @optimizeconst
     def visit_Not(self, node: nodes.UnaryExpr, frame: Frame) -> None:
-        self._named(node.node, frame, "(W.negated({0}) if type({0} := ", ") is V else not {0})")
+        self._named(node.node, frame, "(W.negated({0}) if type({0} := ", f") {self.varies} else not {{0}})")
 
     @optimizeconst
     def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
@@ -156,7 +159,7 @@ class Expressions(CodeGenerator):
         for i, (operand, name) in enumerate((o, n) for o, n in zip(operands, names, strict=True) if n):
             self.write(f"{' | ' if i else ''}(type({name} := ")
             self.visit(operand, frame)
-            self.write(") is V)")
+            self.write(f") {self.varies})")
         self.write(f" else {plain})")
 
     @optimizeconst
@@ -181,7 +184,7 @@ class Expressions(CodeGenerator):
             return
         ref = frame.symbols.ref(node.name)
         load = frame.symbols.find_load(ref)
-        self.write(f"(W.name({ref}, {node.name!r}, undefined) if type({ref}) is V else ")
+        self.write(f"(W.name({ref}, {node.name!r}, undefined) if type({ref}) {self.varies} else ")
         if load is not None and load[0] == VAR_LOAD_PARAMETER and not self.parameter_is_undeclared(ref):
             self.write(f"{ref})")
         else:
@@ -300,7 +303,7 @@ class Expressions(CodeGenerator):
     def visit_Test(self, node: nodes.Test, frame: Frame) -> None:
         if node.name in _TESTS and not node.args and not node.kwargs:
             before = f"(W.tested(lambda {{0}}: {_TESTS[node.name]}, {{0}}) if type({{0}} := "
-            self._named(node.node, frame, before, f") is V else {_TESTS[node.name]})")
+            self._named(node.node, frame, before, f") {self.varies} else {_TESTS[node.name]})")
             return
         super().visit_Test(node, frame)
 

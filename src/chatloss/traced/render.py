@@ -14,7 +14,7 @@ from chatloss.traced.expressions import Unsupported
 from chatloss.traced.sandbox import TracedSandbox
 from chatloss.traced.varied import Facets, Unproven, Varied
 
-__all__ = ["TracedTemplate", "World"]
+__all__ = ["TracedTemplate", "World", "bits", "given_to"]
 
 Message = Mapping[str, Any]
 
@@ -64,15 +64,10 @@ class TracedTemplate:
         environment, run = self._environment, self._environment.worlds
         run.begin(len(worlds))
         environment.meter.start()
-        prompts = sum(1 << i for i, world in enumerate(worlds) if world.prompt)
-        given = _prefixes(messages, worlds)
-        prompt: Any = prompts != 0
-        if prompts not in (0, run.all):
-            prompt = Varied([(prompts, True), (run.all ^ prompts, False)])
         found: list[str | Exception | None] = [None] * len(worlds)
         self.why = ""
         try:
-            context = self._template.new_context({**variables, "messages": given, "add_generation_prompt": prompt})
+            context = self._template.new_context({**variables, **given_to(messages, worlds)})
             for _ in self._template.root_render_func(context):
                 pass
         except (Unproven, Exceeded, RecursionError, MemoryError) as error:
@@ -83,15 +78,25 @@ class TracedTemplate:
         self.known = [0] * len(worlds)
         longest = max(range(len(worlds)), key=lambda i: (worlds[i].count, worlds[i].swap is None))
         for mask, text, known in run.buffer.texts(run.all & ~run.dead, 1 << longest):
-            for i in _bits(mask):
+            for i in bits(mask):
                 found[i], self.known[i] = text, known
         for mask, raised in run.refused:
-            for i in _bits(mask):
+            for i in bits(mask):
                 found[i] = raised
         return found
 
 
-def _bits(mask: int) -> Iterator[int]:
+def given_to(messages: Sequence[Message], worlds: Sequence[World]) -> dict[str, Any]:
+    """What a template is given that varies between worlds."""
+    prompts, everyone = sum(1 << i for i, world in enumerate(worlds) if world.prompt), (1 << len(worlds)) - 1
+    prompt: Any = prompts != 0
+    if prompts not in (0, everyone):
+        prompt = Varied([(prompts, True), (everyone ^ prompts, False)])
+    return {"messages": _prefixes(messages, worlds), "add_generation_prompt": prompt}
+
+
+def bits(mask: int) -> Iterator[int]:
+    """The numbers of the worlds of a mask."""
     while mask:
         low = mask & -mask
         yield low.bit_length() - 1

@@ -40,7 +40,7 @@ class TracedSandbox(Sandbox):
 
     def __init__(self, clock: Callable[[], datetime], bounds: Bounds) -> None:
         super().__init__(clock, bounds)
-        self.worlds = Worlds(self.meter.tick)
+        self.worlds = self._new_worlds()
         filters = self.filters
         self.filters = {name: self._lifted(function) for name, function in filters.items()}
         self.filters[SLICED] = pass_context(partial(self._cut, self.filters[SLICED]))
@@ -52,6 +52,9 @@ class TracedSandbox(Sandbox):
         tests: dict[str, Any] = dict(self.tests)
         self.tests |= {name: self._lifted(function) for name, function in tests.items()}
         self.globals |= dict.fromkeys(_STATEFUL, _stateful)
+
+    def _new_worlds(self) -> Worlds:
+        return Worlds(self.meter.tick)
 
     def _lifted(self, function: Callable[..., Any]) -> Callable[..., Any]:
         worlds = self.worlds

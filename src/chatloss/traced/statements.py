@@ -99,7 +99,7 @@ class Generator(Expressions):
             self._choice([one.test for one in (node, *node.elif_)], 0, soft)
         else:
             self.visit(node.test, soft)
-        self.write(f") is V else ({test},)):")
+        self.write(f") {self.varies} else ({test},)):")
         self.indent()
         self._ifs[-1] += 1
         for i, body in enumerate([*bodies, node.else_]):
@@ -303,7 +303,8 @@ class Generator(Expressions):
 
     def _unpack(self, target: nodes.Tuple, value: str, frame: Frame) -> None:
         parts = [self.temporary_identifier() for _ in target.items]
-        self.writeline(f"{', '.join(parts)}, = W.unpacked({value}, {len(parts)}) if type({value}) is V else {value}")
+        unpacked = f"W.unpacked({value}, {len(parts)}) if type({value}) {self.varies} else {value}"
+        self.writeline(f"{', '.join(parts)}, = {unpacked}")
         for part, item in zip(parts, target.items, strict=True):
             self._store(item, part, frame)
 
