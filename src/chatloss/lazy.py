@@ -36,6 +36,13 @@ class Values(NamedTuple):
     def part(self, first: int, last: int | None = None) -> Values:
         return Values(self.messages[first:last], self.weights[first:last], self.reasons[first:last])
 
+    def behind(self, other: Values) -> Values:
+        """Both, the other ones first."""
+        return Values(
+            np.concatenate((other.messages, self.messages)), np.concatenate((other.weights, self.weights)),
+            np.concatenate((other.reasons, self.reasons)),
+        )
+
     def alike(self, other: Values) -> int:
         """How many at their beginning are the same."""
         size = min(len(self.messages), len(other.messages))

@@ -182,9 +182,13 @@ class FastTokens:
 
     def last_cut(self, text: str, encoded: Encoded, limit: int) -> tuple[int, int, int] | None:
         """Where the last hard cut up to character `limit` begins and ends, and its id."""
-        starts, ends, counts = self._cut_places(text, encoded)
-        i = bisect_right(ends, limit) - 1
-        return (starts[i], ends[i], int(encoded.ids[counts[i] - 1])) if i >= 0 else None
+        assert encoded.starts is not None and encoded.ends is not None
+        within = encoded.ids[: encoded.ends.searchsorted(limit, "right")]
+        for at in reversed(self._is_cut.take(within, mode="clip").nonzero()[0].tolist()):
+            begin, end, token = int(encoded.starts[at]), int(encoded.ends[at]), int(encoded.ids[at])
+            if text[begin:end] == self._cuts[token]:
+                return begin, end, token
+        return None
 
     def may_go_on(self, text: str) -> bool:
         """Whether a text that ends with this one may end within an added token that began before it."""
@@ -243,6 +247,24 @@ class FastTokens:
         ends = [one.ends + at for one, at in zip(made, begins, strict=False) if one.ends is not None]
         ids = [one.ids for one in made]
         return Encoded(*map(np.concatenate, (ids, starts, ends))), [0, *accumulate(map(len, ids))]
+
+    def encode_like(self, first: str, texts: Sequence[str], known: Sequence[int]) -> list[Encoded]:
+        """The tokens of texts that begin as `first` does, of which so many characters are `known` to: what does not is
+        encoded at once.
+        """
+        self.encode(first)
+        trunk = self._trunk
+        alike = [common_prefix(trunk.text, text, so_many) for text, so_many in zip(texts, known, strict=True)]
+        cuts = [self._cut(trunk, end, differs=True) for end in alike]
+        tails, firsts = self.encode_each([text[at:] for text, (_, at) in zip(texts, cuts, strict=True)])
+        assert tails.starts is not None and tails.ends is not None
+        made, begin = [], 0
+        for text, (n, at), first_token, last in zip(texts, cuts, firsts, firsts[1:], strict=False):
+            own = slice(first_token, last)
+            tail = Encoded(tails.ids[own], tails.starts[own] - np.int32(begin), tails.ends[own] - np.int32(begin))
+            made.append(_joined(trunk.encoded, n, at, tail))
+            begin += len(text) - at
+        return made
 
     def _cut_places(self, text: str, encoded: Encoded) -> tuple[list[int], list[int], list[int]]:
         """Where hard cuts begin and end in a text, and how many tokens it has through each."""

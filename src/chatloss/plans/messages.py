@@ -6,7 +6,10 @@ Rows of one conversation have most of that in common: what was decided by what t
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
+from operator import eq
 from typing import NamedTuple
 
 from chatloss.fields import Field
@@ -54,56 +57,62 @@ class Held:
 class Reading:
     """The row whose last turn is `base`, as its `pieces`, which end at characters `ends`, then `tail`.
 
-    `begins`: where each message before the turn begins. `first`: a row that was read before.
+    `begins`: where each message before the turn begins. `first`: a row that was read before; of the first `alike`
+    messages, none of which is one of `inside`, that shows the same for the same reasons.
     """
 
-    def __init__(self, held: Held, base: Turn, first: Reading | None) -> None:
+    def __init__(self, held: Held, base: Turn, inside: Sequence[int], first: Reading | None) -> None:
         self._held, self._rendering, self.base, self._first = held, held.rendering, base, first
         self.text = base.prompt + base.target
         self.world = held.pieces.world(base.index + 1)
-        self.starts = held.pieces.starts(self.world)
+        of_first = shared(self.world, first.world) if first is not None else 0
+        before: list[int] = first.starts[:of_first] if first is not None else []
+        own = held.pieces.starts(self.world[of_first:], first.starts[of_first] if first is not None else 0)
+        if any(map(eq, own, own[1:])):
+            raise Unlike("an empty piece")
+        self.starts: list[int] = before + own
         cut, offset = held.pieces.place(self.starts, len(self.text), self.world)
         self.pieces, self.ends = self.world[:cut], self.starts[: cut + 1]
         self.tail = held.texts[self.world[cut]][:offset] if offset else ""
-        if any(not held.texts[i] for i in self.pieces):
-            raise Unlike("an empty piece")
-        self._whole: tuple[int | str, ...] = (*self.pieces, self.tail)
-        self._whole_ends = [*self.ends, len(self.text)]
         self._prompt = held.pieces.world(base.index, True)
-        self._prompt_ends = held.pieces.starts(self._prompt)
         self._seen = Seen(self.text)
-        self._known = self._shared(first) if first is not None else 0
         self._said: dict[int, Said] = {}
         self._reaches: list[int] = []
-        self.begins = [0, *self._begins()]
+        self.begins, self.alike = [0], 0
+        if first is not None:
+            of_prompt = shared(self._prompt, first._prompt)
+            known = min(first._prompt_ends[of_prompt], self.starts[min(of_first, cut)])
+            same = bisect_right(first._reaches, known)
+            self._reaches, self.begins = first._reaches[:same], first.begins[: same + 1]
+            self.alike = min(bisect_right(first._reach_of_said, known), inside[0])
+        for k in range(len(self._reaches), base.index):
+            seen = Seen(base.prompt, self._reaches[-1] if k else 0)
+            self.begins.append(end_in(seen, self._rendering, k, self.begins[-1])[0])
+            self._reaches.append(len(self.text) + 1 if seen.absent else seen.reach)
+        del self._reaches[base.index :], self.begins[base.index + 1 :]
 
-    def _shared(self, first: Reading) -> int:
-        """How many characters the row begins with that are those of another row, in the same pieces."""
-        in_prompt, in_row = shared(self._prompt, first._prompt), shared(self.pieces, first.pieces)
-        return min(self._prompt_ends[in_prompt], self.ends[in_row])
+    @cached_property
+    def _whole(self) -> tuple[tuple[int | str, ...], list[int]]:
+        """The pieces of the row, with its tail, and where they begin and end."""
+        return (*self.pieces, self.tail), [*self.ends, len(self.text)]
 
-    def _begins(self) -> Iterator[int]:
-        """Where each message before the turn ends."""
-        begin, reach, first = 0, 0, self._first
-        for k in range(self.base.index):
-            if first is not None and k < len(first._reaches) and first._reaches[k] <= self._known:
-                begin, reach = first.begins[k + 1], first._reaches[k]
-            else:
-                seen = Seen(self.base.prompt)
-                begin, *_ = end_in(seen, self._rendering, k, begin)
-                reach = max(reach, seen.reach, len(self.text) + 1 if seen.absent else 0)
-            self._reaches.append(reach)
-            yield begin
+    @cached_property
+    def _prompt_ends(self) -> list[int]:
+        return self._held.pieces.starts(self._prompt)
+
+    @cached_property
+    def _reach_of_said(self) -> list[int]:
+        """So many characters decided what the row shows of the first messages, of one, two and so on."""
+        known = [self._said[k].reach if k in self._said else len(self.text) + 1 for k in range(self.base.index)]
+        return [*accumulate(known, max)]
 
     def place(self, char: int) -> Place:
         return self._held.pieces.place(self.starts, char, self.world)
 
     def said(self, k: int) -> Said:
         """Of message `k` before the turn, which the row does not train. Raises `Unlike`."""
-        known = self._first._said.get(k) if self._first is not None else None
-        if known is None or known.reach > self._known:
-            known = self._read(k)
-        self._said[k] = known
+        known = self._first._said.get(k) if self._first is not None and k < self.alike else None
+        self._said[k] = known = known or self._read(k)
         return known
 
     def _read(self, k: int) -> Said:
@@ -153,7 +162,7 @@ class Reading:
         world, row_begins = self._held.pieces.world, self._row_begins
         found = row_begins(self._prompt, self._prompt_ends, world(k + 1))
         if self._rendering.conversation.messages[k].role == "assistant":
-            row_begins(self._whole, self._whole_ends, world(k, True))
+            row_begins(*self._whole, world(k, True))
             if self._held.pieces.begins(world(k), world(k, True)) is None:
                 raise Unlike("whether a prompt begins with what is before it depends on the texts")
         return found

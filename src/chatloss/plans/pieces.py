@@ -25,7 +25,7 @@ class Pieces:
     """
 
     def __init__(self, recording: Recording, texts: Sequence[str]) -> None:
-        self._recording, self._texts = recording, texts
+        self._recording, self._texts, self._sizes = recording, texts, [*map(len, texts)]
         self.unlike: set[tuple[int, str]] = set()
         self.reach = 0
         self._own: dict[int, tuple[int | str, ...]] = {}
@@ -36,9 +36,9 @@ class Pieces:
             raise Unlike("a rendering that is refused")
         return found
 
-    def starts(self, world: Sequence[int]) -> list[int]:
-        """Where the pieces of a rendering begin, and where the last one ends."""
-        return [0, *accumulate(len(self._texts[i]) for i in world)]
+    def starts(self, world: Sequence[int], first: int = 0) -> list[int]:
+        """Where the pieces of a rendering begin, and where the last one ends; the first of them at `first`."""
+        return [*accumulate(map(self._sizes.__getitem__, world), initial=first)]
 
     def own(self, turn: Turn) -> tuple[int | str, ...]:
         """The pieces of a turn's prompt and target, the last of them cut."""

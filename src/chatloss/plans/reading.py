@@ -8,7 +8,9 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import chain, count, pairwise
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from chatloss.lazy import Values
 from chatloss.plans.messages import Held, Reading
 from chatloss.plans.pieces import Pieces, Unlike
 from chatloss.plans.placed import Cut
-from chatloss.plans.rows import Aside, Row, RowPlan, wishes
+from chatloss.plans.rows import Aside, Place, Row, RowPlan, wishes
 from chatloss.reference import Rendering, Turn
 from chatloss.sample import Reason, Sample
 from chatloss.shapes.recording import Recording
@@ -55,7 +57,9 @@ class _Plan:
         self._turns, self._messages = {turn.index: turn for turn in turns}, rendering.conversation.messages
         self._pieces = Pieces(recording, texts)
         self._held = Held(rendering, self._pieces, texts, recording.constants)
-        self._first: Reading | None = None
+        self._first: _Read | None = None
+        self._ids: dict[str, Ids] = {}  # of texts that stand before turns, which are few
+        self._open: dict[str, bool] = {}
         self._space_stops = any(stop[:1].isspace() for stop in rendering.stops.texts)  # a stop may begin in space
 
     def of(self, rows: Sequence[Sample], apart: bool, problems: tuple[Problem, ...]) -> RowPlan:
@@ -75,26 +79,36 @@ class _Plan:
         if not all(inside) or sorted(chain.from_iterable(inside)) != sorted(self._turns):
             raise Unlike("a turn that is not trained in one row")
         first = max(range(len(rows)), key=lambda i: len(rows[i]))
-        longest = self._row(rows[first], inside[first])
-        made = [longest if i == first else self._row(row, inside[i]) for i, row in enumerate(rows)]
+        texts = [self._turns[members[-1]].prompt + self._turns[members[-1]].target for members in inside]
+        last = inside[first][-1]
+        known = [self._alike(members[-1], last) for members in inside]
+        encoded = self._tokens.encode_like(texts[first], texts, known)
+        longest = self._row(rows[first], inside[first], encoded[first])
+        self._of_trunk = {*longest.row.found}, {*longest.row.ended}, {*longest.row.shown}
+        made = [longest if i == first else self._row(row, inside[i], encoded[i]) for i, row in enumerate(rows)]
         longer = [] if apart else [*self._longer(rows, inside)]
         asides: dict[int, Aside] = {}
         rest: list[int] = []
         for i in range(len(rows)):
             if i != first:
-                aside = self._aside(made[first], made[i], len(asides))
+                aside = self._aside(longest.row, made[i], len(asides))
                 rest += [] if aside else [i]
                 asides.update({i: aside} if aside else {})
-        trunk = self._with_cuts(made[first], [made[i] for i in asides])
+        trunk = self._with_cuts(longest.row, [made[i].row for i in asides])
         order = [first, *asides, *rest]
         told = tuple((*text, tuple(sorted(pieces))) for text, pieces in self._held.told.items())
         back = tuple(order.index(i) for i in range(len(rows)))
         unlike = tuple(sorted(self._pieces.unlike))
         outcomes, untrained = dict(rows[0].outcomes), dict(rows[0].untrained)
         return RowPlan(
-            trunk, tuple(asides.values()), tuple(made[i] for i in rest), back,
+            trunk, tuple(asides.values()), tuple(made[i].row for i in rest), back,
             tuple((order.index(i), order.index(k)) for i, k in longer), told, unlike, outcomes, untrained, problems,
         )
+
+    def _alike(self, one: int, other: int) -> int:
+        """How many characters the prompts of two turns are known to have in common."""
+        prompt, another = self._pieces.world(one, True), self._pieces.world(other, True)
+        return sum(map(len, map(self._texts.__getitem__, prompt[: shared(prompt, another)])))
 
     def _longer(self, rows: Sequence[Sample], inside: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
         """(row, another) of which the first must be longer, because it has turns that may share the other: the longest
@@ -116,32 +130,27 @@ class _Plan:
                         raise Unlike("a turn that may share the row")
                     yield i, k
 
-    def _row(self, row: Sample, inside: Sequence[int]) -> Row:
-        reading = Reading(self._held, self._turns[inside[-1]], self._first)
-        self._first = self._first or reading
+    def _row(self, row: Sample, inside: Sequence[int], encoded: Encoded) -> _Read:
+        before = self._first.reading if self._first is not None else None
+        reading = Reading(self._held, self._turns[inside[-1]], inside, before)
         base, text, pieces, ends = reading.base, reading.text, reading.pieces, reading.ends
-        encoded, _ = self._tokens.encode_pair(base.prompt, base.target)
         if encoded.starts is None or not np.array_equal(encoded.ids, row.input_ids):
             raise Unlike("a target that is encoded apart")
-        found: list[Any] = []
-        ended: list[Any] = []
-        called: list[Any] = []
-        shown: list[Any] = []
-        moved: list[int] = []  # characters that `shown` messages are found at
-        # Where the fields of earlier messages begin and end, and where a scaffold begins that stands before each.
-        texts: list[tuple[int, int, int | None]] = []
-        trained: list[tuple[int, int]] = []  # and those of turns
+        made = _Read(reading, row, encoded, self._first)
+        found, ended, shown, called = made.found, made.ended, made.shown, list[Any]()
+        trained: list[tuple[int, int]] = []  # where the fields of turns begin and end
         parts: set[int] = set()  # where generation prompts of earlier messages and the parts of turns begin and end
-        for k in range(base.index + 1):
+        for k in range(made.begun, base.index + 1):
+            made.marks.append((len(found), len(ended), len(shown), len(made.texts), len(made.moved)))
             if k not in inside:
                 said = reading.said(k)
                 found += said.found
                 ended += said.ended
-                texts += said.texts
+                made.texts += said.texts
                 parts.update(said.edges)
                 if said.shown:
                     shown += said.shown
-                    moved += [char for a, b, _ in said.texts for char in (a, b)]
+                    made.moved += [char for a, b, _ in said.texts for char in (a, b)]
                 continue
             own, begin = self._turns[k], len(self._turns[k].prompt)
             by_text, calls = k < base.index and not reading.goes_on_from(k), bool(self._messages[k].tool_calls)
@@ -163,9 +172,10 @@ class _Plan:
             reasons = [None, *(reason for *_, reason in own.spans)]
             spans = zip(own.spans, pairwise(reasons), strict=True)
             parts |= {begin + a for (a, *_), (before, reason) in spans if before != reason}
-        chars, loose = self._chars(row, encoded, texts, trained)
-        there = {*reading.begins, *(b for _, b, _ in texts), *parts}
-        self._all_there(row, encoded, [a for a, *_ in texts], there)
+        texts = made.texts[made.marks[0][3] :]
+        chars = self._chars(made, texts, trained)
+        there = {*reading.begins[made.begun :], *(b for _, b, _ in texts), *parts}
+        self._all_there(made, [a for a, *_ in texts], there)
         edges = [len(base.prompt)]
         for i in inside[:-1]:
             turn = self._turns[i]
@@ -175,24 +185,26 @@ class _Plan:
         cuts = [self._cut(text, encoded, pieces, ends, char) for char in edges]
         if any(end != until for _, end, until, *_ in cuts[2::2]):
             raise Unlike("a turn that does not end with a control token")
-        place, where = reading.place, {char: i for i, char in reversed([*enumerate(moved)])}
-        return Row(
+        places = (*made.places, *map(made.place, chars))
+        where = {char: i for i, char in reversed([*enumerate(chars, made.spans)])}
+        made.row = Row(
             tuple(pieces), reading.tail,
-            tuple((-1, where[char]) if char in where else place(char) for char in chars)
-            + tuple(place(char) for cut in cuts for char in cut[:3]),
-            Values.of([span[2:] for span in row.spans]), loose,
-            tuple(Cut(i, i + 1, i + 2, *cut[3:]) for i, cut in zip(count(len(chars), 3), cuts, strict=False)),
-            chars.index(edges[0]), tuple(found), tuple(ended),
-            tuple((k, place, chars.index(last), reasons) for k, place, last, reasons in called), tuple(shown),
+            (*places, *(reading.place(char) for cut in cuts for char in cut[:3])),
+            made.values(), made.loose,
+            tuple(Cut(i, i + 1, i + 2, *cut[3:]) for i, cut in zip(count(len(places), 3), cuts, strict=False)),
+            where[edges[0]], tuple(found), tuple(ended),
+            tuple((k, place, where[last], reasons) for k, place, last, reasons in called), tuple(shown),
         )
+        self._first = self._first or made
+        return made
 
-    def _all_there(self, row: Sample, encoded: Encoded, held: Sequence[int], chars: set[int]) -> None:
+    def _all_there(self, made: _Read, held: Sequence[int], chars: set[int]) -> None:
         """Raise if something that begins at one of `chars`, or a text that begins at one of `held`, has no span: its
         characters are all in a token of what stands before it, as they need not be in another conversation.
         """
-        starts = {span.start for span in row.spans}
+        starts = {span.start for span in made.sample.spans}
         where = [*held, *(chars - {*held})]
-        at, over = encoded.tokens_at(where)
+        at, over = made.encoded.tokens_at(where)
         found = {*over[: len(held)], *at[len(held) :]}
         if len(found) < len(where) or not found <= starts:
             raise Unlike("a span that has no token here, and may have one elsewhere")
@@ -207,7 +219,10 @@ class _Plan:
         begin, end, token = found
         if any(i >= self._recording.constants for i in pieces[bisect_right(ends, begin) - 1 : bisect_left(ends, char)]):
             raise Unlike("a text between a control token and a turn's edge")
-        return begin, end, char, token, self._tokens.encode(text[end:char]).ids if end < char else NOTHING.ids
+        rest = text[end:char]
+        if rest not in self._ids:
+            self._ids[rest] = self._tokens.encode(rest).ids if rest else NOTHING.ids
+        return begin, end, char, token, self._ids[rest]
 
     def _with_cuts(self, trunk: Row, others: Sequence[Row]) -> Row:
         """The longest row with the cuts of the rows beside it."""
@@ -230,10 +245,12 @@ class _Plan:
             raise Unlike("a text of something else within a turn")
 
     def _chars(
-        self, row: Sample, encoded: Encoded, texts: Sequence[tuple[int, int, int | None]],
-        trained: Sequence[tuple[int, int]],
-    ) -> tuple[list[int], dict[int, bool]]:
-        """Where the spans of a row begin, and where it ends; which of that are the ends of texts, as `Row.loose`."""
+        self, made: _Read, texts: Sequence[tuple[int, int, int | None]], trained: Sequence[tuple[int, int]],
+    ) -> list[int]:
+        """Where the spans of a row begin, from number `made.spans` on, and where it ends; `made.loose` gets those that
+        are the ends of texts.
+        """
+        encoded, spans = made.encoded, made.sample.spans[made.spans :]
         assert encoded.starts is not None and encoded.ends is not None
         begins, ends = [a for a, *_ in texts], [*(b for _, b, _ in texts), *(b for _, b in trained)]
         if {*begins, *(a for a, _ in trained)} & {*ends}:
@@ -246,22 +263,22 @@ class _Plan:
         at, over = at[len(trained) :], over[len(trained) :]
         first = dict(zip(over[: len(begins)], begins, strict=True))
         behind = dict(zip(at[len(begins) :], ends, strict=True))
-        chars: list[int] = []
-        loose: dict[int, bool] = {}
-        for i, span in enumerate(row.spans):
-            start = int(encoded.starts[span.start])
+        of_begins, of_texts, chars = {*begins}, {*begins, *ends}, list[int]()
+        starts = encoded.starts[[span.start for span in spans]].tolist()
+        clean = zip(*encoded.tokens_at(starts), strict=True)
+        for i, (span, start, tokens) in enumerate(zip(spans, starts, clean, strict=True), made.spans):
             char = first.get(span.start, behind.get(span.start, start))
-            if char != start and char not in begins and span.reason not in (Reason.SCAFFOLD, Reason.CALL):
+            if char != start and char not in of_begins and span.reason not in (Reason.SCAFFOLD, Reason.CALL):
                 raise Unlike("a text with nothing behind it")
-            if char in begins or char in ends:
-                loose[i] = char in begins
-            elif encoded.tokens_at([start]) != ([span.start], [span.start]):
+            if char in of_texts:
+                made.loose[i] = char in of_begins
+            elif tokens != (span.start, span.start):
                 raise Unlike("a token reaches across the end of a span")
             chars.append(char)
         chars.append(int(encoded.ends[-1]))
-        if chars[0] or 0 in loose:
+        if not made.spans and (chars[0] or 0 in made.loose):
             raise Unlike("a row that begins with a text")
-        return chars, loose
+        return chars
 
     def _called(self, k: int, text: str, turn: Turn) -> tuple[Reason, ...]:
         """The reasons of the fields of a turn with calls."""
@@ -273,11 +290,12 @@ class _Plan:
             raise Unlike("a call right behind reasoning, whose closing tag is told by where the call begins")
         return reasons
 
-    def _aside(self, trunk: Row, row: Row, before: int) -> Aside | None:
+    def _aside(self, trunk: Row, read: _Read, before: int) -> Aside | None:
         """A row as one beside the trunk; None where it differs in more than its last turn.
 
         `before`: how many rows are beside it already.
         """
+        row, reading = read.row, read.reading
         (at, offset), context = row.places[row.context], row.context
         alone = len(row.cuts) == 1 and context and len(row.called) <= 1
         if not alone or at >= min(len(row.pieces), len(trunk.pieces)):
@@ -288,27 +306,82 @@ class _Plan:
         places = row.places[context : len(row.values.messages) + 1]
         if (at, offset) > trunk.places[trunk.context] or any(a < at for a, _ in places):
             return None
-        loose = {i - context: begins for i, begins in row.loose.items() if i >= context}
-        found = [one for one in row.found if one[0] >= at]
+        # What was taken over from the trunk need not be compared.
+        of_found, of_ended, of_shown, *_ = read.taken
+        loose = {i - context: row.loose[i] for i in range(context, len(row.values.messages)) if i in row.loose}
+        found = [one for one in row.found[of_found:] if one[0] >= at]
         begins = {place for *_, place in found} | {place for _, place, *_ in row.called}
         same = (
             row.places[:context] == trunk.places[:context]
             and row.values.part(0, context - 1).alike(trunk.values) == context - 1
-            and all(trunk.loose.get(i) == row.loose.get(i) for i in range(context))
-            and {*row.found} - {*found} <= {*trunk.found} and {*row.ended} <= {*trunk.ended}
-            and {*row.shown} <= {*trunk.shown} and begins <= {(at, offset)}
+            and all(trunk.loose.get(i) == row.loose.get(i) for i in range(read.spans, context))
+            and {*row.found[of_found:]} - {*found} <= self._of_trunk[0] and {*row.ended[of_ended:]} <= self._of_trunk[1]
+            and {*row.shown[of_shown:]} <= self._of_trunk[2] and begins <= {(at, offset)}
         )
         if not same:
             return None
         called = next(((k, last - context, reasons) for k, _, last, reasons in row.called), None)
-        cut, starts = row.cuts[0], self._pieces.starts(row.pieces)
-        begin, end, edge = (starts[piece] + more for piece, more in (row.places[i] for i in cut[:3]))
-        text = "".join(self._texts[i] for i in row.pieces[: at + 1])
-        if self._tokens.may_go_on(text[begin:edge]):
+        cut = row.cuts[0]
+        begin, end, edge = (reading.ends[piece] + more for piece, more in (row.places[i] for i in cut[:3]))
+        head = reading.text[begin:edge]
+        if head not in self._open:
+            self._open[head] = self._tokens.may_go_on(head)
+        if self._open[head]:
             return None  # an added token that is open there
         own, others = row.values.part(context - 1), trunk.values.part(context - 1)
         return Aside(
-            text[end:edge], cut.rest, offset, len(trunk.places) + 3 * before + 1, context, row.pieces[at:], row.tail,
-            tuple((a - at, more) for a, more in places), own, own.alike(others), loose,
+            reading.text[end:edge], cut.rest, offset, len(trunk.places) + 3 * before + 1, context, row.pieces[at:],
+            row.tail, tuple((a - at, more) for a, more in places), own, own.alike(others), loose,
             tuple((piece - at, wanted) for piece, wanted, _ in found), called,
         )
+
+
+class _Read:
+    """What is found out about a row while it is read; what it begins with that is another's is taken over from `first`.
+
+    `found`, `ended` and `shown` are as in `Row`, `texts` as in `Said`; `moved`: characters that `shown` messages are
+    found at. Of these and of `loose` and `places`, what is of the messages before `begun` and of the first `spans`
+    spans is taken over, `taken` of each. `marks`: how many there are before each message.
+    """
+
+    row: Row
+
+    def __init__(self, reading: Reading, sample: Sample, encoded: Encoded, first: _Read | None) -> None:
+        self.reading, self.sample, self.encoded = reading, sample, encoded
+        # What is between two messages is told by both.
+        self.begun = max(reading.alike - 2, 0) if first is not None and reading.alike > 2 else 0
+        self.taken, self.spans = (0, 0, 0, 0, 0), 0
+        if first is not None and self.begun:
+            _, (token,) = encoded.tokens_at([reading.begins[self.begun + 1]])
+            spans = bisect_left(sample.spans, token, key=itemgetter(0))
+            if sample.spans[:spans] == first.sample.spans[:spans]:
+                self.taken, self.spans = first.marks[self.begun], spans
+            else:
+                self.begun = 0
+        self.found: list[Any] = []
+        self.ended: list[Any] = []
+        self.shown: list[Any] = []
+        self.texts: list[tuple[int, int, int | None]] = []
+        self.moved: list[int] = []
+        self.places: Sequence[Place] = ()
+        self.loose: dict[int, bool] = {}
+        self.marks: list[tuple[int, int, int, int, int]] = []
+        self._before = first if self.begun else None
+        if first is not None and self.begun:
+            for name, count in zip(("found", "ended", "shown", "texts", "moved"), self.taken, strict=True):
+                getattr(self, name).extend(getattr(first, name)[:count])
+            self.places = first.row.places[: self.spans]
+            self.loose = {i: first.loose[i] for i in range(self.spans) if i in first.loose}
+
+    def place(self, char: int) -> Place:
+        """The place of a character, or which of those it is that `shown` messages are found at."""
+        return (-1, self._where[char]) if char in self._where else self.reading.place(char)
+
+    def values(self) -> Values:
+        """Those of all spans."""
+        own = Values.of([span[2:] for span in self.sample.spans[self.spans :]])
+        return own if self._before is None else own.behind(self._before.row.values.part(0, self.spans))
+
+    @cached_property
+    def _where(self) -> dict[int, int]:
+        return {char: i for i, char in reversed([*enumerate(self.moved)])}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 
 from chatloss.chat import Message
@@ -32,7 +32,7 @@ Place = tuple[int, int]
 _draft = partial(tuple.__new__, Draft)  # twice as fast as calling it
 
 
-@dataclass(slots=True)
+@dataclass
 class Row:
     """One row: its `pieces`, then `tail`; from each of the first of `places` on, up to the next, one of `values`.
 
@@ -56,13 +56,13 @@ class Row:
     ended: tuple[tuple[int, tuple[int, ...], str], ...]
     called: tuple[tuple[int, Place, int, tuple[Reason, ...]], ...]
     shown: tuple[tuple[int, Place, Place, tuple[tuple[Place, int, bool], ...], bool], ...]
-    layout: Layout = field(init=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def layout(self) -> Layout:
         # Where `shown` messages are found is marked behind the pieces, the tail and the end.
         shown = len(self.pieces) + 2
         places = [(at, more) if at >= 0 else (shown + more, 0) for at, more in self.places]
-        self.layout = Layout(len(self.values.messages), places, self.loose, self.cuts)
+        return Layout(len(self.values.messages), places, self.loose, self.cuts)
 
 
 @dataclass(slots=True)
