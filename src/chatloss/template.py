@@ -127,7 +127,7 @@ class ChatTemplate:
     ) -> list[str | TemplateError | None]:
         """What `render` gives or raises for each of `worlds`, in one pass; None where that is not proven.
 
-        `known_of` is given for each of them what `TracedTemplate.known` says, if that is told.
+        `known_of` is given for each of them what `TracedTemplate.known` says.
 
         >>> template = ChatTemplate("{% for m in messages %}{{ m.content }}{{ '.' if loop.last }}{% endfor %}")
         >>> template.render_all([{"content": "a"}, {"content": "b"}], [World(1), World(2)])
@@ -153,18 +153,20 @@ class ChatTemplate:
             World(one.count, one.prompt, (one.swap[0], _aliased(one.swap[1]))) if one.swap else one for one in worlds
         ]
         made = by_shape = known.render(messages, worlds, tools, kwargs) if known is not None else None
-        replayed = made is not None and len(messages) <= SMALL
-        if made is None or not replayed:
+        # A long conversation, which takes long to render alone, is compared with the one pass when its shape is new.
+        replayed = known is not None and made is not None and not (known.fresh and len(messages) > SMALL)
+        if not replayed:
             made = traced.render(
                 messages, worlds, tools=None if tools is None else list(tools), documents=None,
                 **{**self.special_tokens, **kwargs},
             )
-            if known_of is not None:
-                known_of += traced.known
             if by_shape is not None and any(map(_differ, by_shape, made)):
                 raise _wrong()
         else:
             self.traced["of a known shape"] += 1
+        assert made is not None
+        if known_of is not None:
+            known_of += known.known if replayed and known is not None else traced.known
         refusals = {id(one): _refusal(one) for one in made if isinstance(one, Exception)}
         found = [refusals[id(one)] if isinstance(one, Exception) else one for one in made]
 

@@ -77,6 +77,7 @@ class Reading:
         self._prompt = held.pieces.world(base.index, True)
         self._seen = Seen(self.text)
         self._said: dict[int, Said] = {}
+        self._plains: dict[tuple[int, int], tuple[list[tuple[Field, int]] | None, int, list[str]]] = {}
         self._reaches: list[int] = []
         self.begins, self.alike = [0], 0
         if first is not None:
@@ -125,7 +126,7 @@ class Reading:
         texts: list[tuple[int, int, int | None]] = []
         edges: tuple[int, ...] = ()
         more = calls or (by_text and (len(rendering.fields[k]) > 1 or not self._goes_on(k + 1)))
-        if more or not self.is_plain(k, begin):
+        if more or not self._is_plain(k, begin):
             end, seen = self.begins[k + 1], Seen(self.base.prompt)
             _, fields, supplied = place_in(seen, rendering, k, begin, end, self.text)
             self._seen.to(len(self.text) + 1 if seen.absent else seen.reach)
@@ -178,41 +179,47 @@ class Reading:
     def _goes_on(self, k: int) -> bool:
         """Whether message `k` plainly follows: it is looked for where the one before is written otherwise."""
         return self._rendering.conversation.messages[k].role == "assistant" or (
-            k < len(self.begins) and self.is_plain(k, self.begins[k]))
+            k < len(self.begins) and self._is_plain(k, self.begins[k]))
 
-    def is_plain(self, k: int, begin: int) -> bool:
+    def _is_plain(self, k: int, begin: int) -> bool:
         """Whether the texts of message `k` are pieces of the row."""
-        told = self._held.told
-        kept = {(k, reasoning): {*told[k, reasoning]} for reasoning in (True, False) if (k, reasoning) in told}
-        try:
-            self.fields(k, begin)
-        except Unlike:
-            return False
-        finally:
-            for key in ((k, True), (k, False)):
-                told.pop(key, None)
-            told.update(kept)
-        return True
+        found, reach, absent = self._plain(k, begin)
+        self._seen.to(reach)
+        self._seen.absent += absent
+        return found is not None
 
     def fields(self, k: int, begin: int) -> list[tuple[Field, int]]:
         """The texts of message `k`, each with the piece of the row that it is."""
+        found, _, _ = self._plain(k, begin)
+        if found is None or not self._is_plain(k, begin):
+            raise Unlike("a text that is not written as it stands")
+        told = {reasoning: self._held.told.setdefault((k, reasoning), set()) for reasoning in (True, False)}
+        for field, piece in found:
+            told[field.reason == Reason.REASONING].add(self.pieces[piece])
+        return found
+
+    def _plain(self, k: int, begin: int) -> tuple[list[tuple[Field, int]] | None, int, list[str]]:
+        """(what `fields` gives, or None; how far one had to look for it, and what was nowhere)."""
+        known = self._plains.get((k, begin))
+        if known is None:
+            seen = Seen(self.text)
+            self._plains[k, begin] = known = self._looked_for(k, begin, seen), seen.reach, seen.absent
+        return known
+
+    def _looked_for(self, k: int, begin: int, seen: Seen) -> list[tuple[Field, int]] | None:
         message = self._rendering.conversation.messages[k]
         fields = [field for field in self._rendering.fields[k] if field.reason != Reason.CALL]
         if not isinstance(message.content, str | None) or len({field.reason for field in fields}) < len(fields):
-            raise Unlike("a message of more than a text")
+            return None  # a message of more than a text
         at, found = begin, []
-        told = {reasoning: self._held.told.setdefault((k, reasoning), set()) for reasoning in (True, False)}
         for field in fields:
-            place = self._seen.find(field.text, at, None)
+            place = seen.find(field.text, at, None)
             piece = bisect_left(self.ends, place, hi=len(self.ends) - 1)
             if place < 0 or self.ends[piece] != place or piece == len(self.pieces):
-                raise Unlike("a text that is not written as it stands")
-            self._seen.to(self.ends[piece + 1])
-            if self._held.texts[self.pieces[piece]] != field.text:
-                raise Unlike("a text that is not written as it stands")
-            if self.pieces[piece] < self._held.constants:
-                raise Unlike("a text that the template writes too")
-            told[field.reason == Reason.REASONING].add(self.pieces[piece])
+                return None
+            seen.to(self.ends[piece + 1])
+            if self._held.texts[self.pieces[piece]] != field.text or self.pieces[piece] < self._held.constants:
+                return None  # it is not written as it stands, or the template writes it too
             at = place + len(field.text)
             found.append((field, piece))
         return found

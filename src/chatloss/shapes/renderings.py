@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 __all__ = ["Renderings", "shared"]
@@ -55,6 +56,19 @@ class Renderings(Mapping[World, "Pieces | Exception"]):
         """How often a piece stands in a world, at most."""
         most = [max(Counter(one).values(), default=0) for one in self.held()]
         return most[0] + max(most[1:], default=0)
+
+    def texts(self, texts: Sequence[str]) -> Iterator[tuple[World, tuple[str | Exception, int]]]:
+        """By world what it writes where ``texts[i]`` is piece `i`, or raises, and how many characters it begins with that
+        the longest begins with, too.
+        """
+        ends = [*accumulate([len(texts[i]) for i in self._trunk], initial=0)]
+        trunk = "".join([texts[i] for i in self._trunk])
+        for world, found in self._worlds.items():
+            if isinstance(found, Exception):
+                yield world, (found, 0)
+            else:
+                begun = ends[found[0]]
+                yield world, (trunk[:begun] + "".join([texts[i] for i in found[1]]), begun)
 
     def split(self, parts: Callable[[Any], Sequence[int]]) -> Renderings:
         """The same with `parts` of each piece in its stead."""

@@ -52,7 +52,7 @@ class Shapes:
             raise Unsupported(str(error)) from None
         self._constants, self._text, self._clock = constants, text, clock
         self._together: tuple[TogetherSandbox, Template] | None = None
-        self.fresh = False
+        self.fresh, self.known = False, list[int]()
         self._seen: OrderedDict[int, int] = OrderedDict()  # by hash: shapes may be long
         self._shapes: OrderedDict[Any, list[Recording]] = OrderedDict()
 
@@ -62,9 +62,8 @@ class Shapes:
     ) -> Rendered | None:
         """What `worlds` write or raise, None where that is not known; None for a conversation of no known shape.
 
-        None for a long one, too, whose recording is not new: one pass is as fast, and tells more of its prefixes.
-
-        `variables` are what the conversation gives the template beside that; `constants` it always has.
+        `variables` are what the conversation gives the template beside that; `constants` it always has. `known` then
+        has for each world a number of characters: two of the texts begin alike through the smaller of theirs.
         """
         key, leaves = _shape_of(messages, tools, variables)
         if key is None:
@@ -76,19 +75,19 @@ class Shapes:
             self._learn(key, self._record(messages, worlds, tools, variables))
             self._start()
             shape, texts = self._known(key, leaves)
-        if shape is None or texts is None or (len(messages) > SMALL and not self.fresh):
+        if shape is None or texts is None:
             return None
+        made = dict(shape.worlds.texts(texts))
         found: Rendered = []
+        self.known = []
         for world in worlds:
-            pieces = shape.worlds.get((world.count, world.prompt))
-            given = (texts if world.swap is None
-                     else self._swapped(shape, key, messages, world.swap, tools, variables))
-            if given is None or pieces is None:
-                found.append(None)
-            elif isinstance(pieces, Exception):
-                found.append(pieces)
-            else:
-                found.append("".join([given[i] for i in pieces]))
+            text: str | Exception | None
+            text, known = made.get((world.count, world.prompt), (None, 0))
+            if world.swap is not None and isinstance(text, str):
+                given, known = self._swapped(shape, key, messages, world.swap, tools, variables), 0
+                text = None if given is None else shape.text(given, world.count, world.prompt)
+            found.append(text)
+            self.known.append(known)
         return found
 
     def recall(
