@@ -185,7 +185,7 @@ class FastTokens:
         assert encoded.starts is not None and encoded.ends is not None
         within = encoded.ids[: encoded.ends.searchsorted(limit, "right")]
         for at in reversed(self._is_cut.take(within, mode="clip").nonzero()[0].tolist()):
-            begin, end, token = int(encoded.starts[at]), int(encoded.ends[at]), int(encoded.ids[at])
+            begin, end, token = (int(array[at]) for array in (encoded.starts, encoded.ends, encoded.ids))
             if text[begin:end] == self._cuts[token]:
                 return begin, end, token
         return None
@@ -249,21 +249,17 @@ class FastTokens:
         return Encoded(*map(np.concatenate, (ids, starts, ends))), [0, *accumulate(map(len, ids))]
 
     def encode_like(self, first: str, texts: Sequence[str], known: Sequence[int]) -> list[Encoded]:
-        """The tokens of texts that begin as `first` does, of which so many characters are `known` to: what does not is
-        encoded at once.
-        """
+        """The tokens of texts, encoded at once but for what they begin with that `first` does: so much is `known`."""
         self.encode(first)
-        trunk = self._trunk
-        alike = [common_prefix(trunk.text, text, so_many) for text, so_many in zip(texts, known, strict=True)]
+        trunk, made, begin = self._trunk, list[Encoded](), np.int32(0)
+        alike = [common_prefix(first, text, so_much) for text, so_much in zip(texts, known, strict=True)]
         cuts = [self._cut(trunk, end, differs=True) for end in alike]
         tails, firsts = self.encode_each([text[at:] for text, (_, at) in zip(texts, cuts, strict=True)])
         assert tails.starts is not None and tails.ends is not None
-        made, begin = [], 0
-        for text, (n, at), first_token, last in zip(texts, cuts, firsts, firsts[1:], strict=False):
-            own = slice(first_token, last)
-            tail = Encoded(tails.ids[own], tails.starts[own] - np.int32(begin), tails.ends[own] - np.int32(begin))
+        for text, (n, at), own in zip(texts, cuts, map(slice, firsts, firsts[1:]), strict=True):
+            tail = Encoded(tails.ids[own], tails.starts[own] - begin, tails.ends[own] - begin)
             made.append(_joined(trunk.encoded, n, at, tail))
-            begin += len(text) - at
+            begin += np.int32(len(text) - at)
         return made
 
     def _cut_places(self, text: str, encoded: Encoded) -> tuple[list[int], list[int], list[int]]:

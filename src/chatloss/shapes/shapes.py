@@ -83,9 +83,10 @@ class Shapes:
         for world in worlds:
             text: str | Exception | None
             text, known = made.get((world.count, world.prompt), (None, 0))
-            if world.swap is not None and isinstance(text, str):
+            if world.swap is not None:
                 given, known = self._swapped(shape, key, messages, world.swap, tools, variables), 0
-                text = None if given is None else shape.text(given, world.count, world.prompt)
+                if given is None or isinstance(text, str):
+                    text = None if given is None else shape.text(given, world.count, world.prompt)
             found.append(text)
             self.known.append(known)
         return found
