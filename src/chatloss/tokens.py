@@ -251,9 +251,8 @@ class FastTokens:
     def encode_like(self, first: str, texts: Sequence[str], known: Sequence[int]) -> list[Encoded]:
         """The tokens of texts, encoded at once but for what they begin with that `first` does: so much is `known`."""
         self.encode(first)
-        trunk, made, begin = self._trunk, list[Encoded](), np.int32(0)
-        alike = [common_prefix(first, text, so_much) for text, so_much in zip(texts, known, strict=True)]
-        cuts = [self._cut(trunk, end, differs=True) for end in alike]
+        trunk, made, begin, pairs = self._trunk, list[Encoded](), np.int32(0), zip(texts, known, strict=True)
+        cuts = [self._cut(trunk, common_prefix(first, text, n), differs=True) for text, n in pairs]
         tails, firsts = self.encode_each([text[at:] for text, (_, at) in zip(texts, cuts, strict=True)])
         assert tails.starts is not None and tails.ends is not None
         for text, (n, at), own in zip(texts, cuts, map(slice, firsts, firsts[1:]), strict=True):

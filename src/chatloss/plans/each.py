@@ -64,11 +64,15 @@ def _begun(encoder: Usual, plans: RowPlans, conversation: Conversation) -> Plann
         rendering = encoder.rendering(conversation)
         recall = partial(encoder.template.recall, rendering.messages, conversation.tools, **rendering.kwargs)
         recorded = recall()
-        known = recorded and plans.spaced(*recorded)
+        known = recorded and plans.known(*recorded, rendering)
+        if isinstance(known, Planned):
+            return known
         if known is None:
             encoding = encoder.usual(conversation, [], rendering)
-            if recorded is None and (recorded := recall()) is not None and (known := plans.spaced(*recorded)):
-                plans.learn(*known, rendering, encoding)  # it has been recorded just now
+            if recorded is None and (recorded := recall()) is not None:
+                known = plans.known(*recorded, rendering)
+                if isinstance(known, tuple):
+                    plans.learn(*known, rendering, encoding)  # it has been recorded just now
             return _without_turns(encoding)
         planned = plans.begun(*known, rendering)
         if isinstance(planned, Planned):
@@ -115,7 +119,7 @@ def _finished(
         return error
     if planned is not None and not same_encodings(planned, encoding):
         return _different(conversation)
-    if planned is None:
+    if planned is None and not begun.spaced:
         plans.learn(begun.recording, begun.texts, begun.rendering, encoding)
     return _without_turns(encoding)
 

@@ -32,7 +32,7 @@ class Said(NamedTuple):
     """
 
     found: tuple[tuple[int, int, Place], ...]
-    ended: tuple[tuple[int, tuple[int, ...], str], ...]
+    ended: tuple[tuple[int, int, tuple[int, ...], str], ...]
     shown: tuple[tuple[int, Place, Place, tuple[tuple[Place, int, bool], ...], bool], ...]
     texts: tuple[tuple[int, int, int | None], ...]
     edges: tuple[int, ...]
@@ -121,7 +121,7 @@ class Reading:
         self._seen = Seen(self.text, self._reaches[k])
         by_text, calls = not self.goes_on_from(k), bool(rendering.conversation.messages[k].tool_calls)
         found: list[tuple[int, int, Place]] = []
-        ended: list[tuple[int, tuple[int, ...], str]] = []
+        ended: list[tuple[int, int, tuple[int, ...], str]] = []
         shown: tuple[tuple[int, Place, Place, tuple[tuple[Place, int, bool], ...], bool], ...] = ()
         texts: list[tuple[int, int, int | None]] = []
         edges: tuple[int, ...] = ()
@@ -224,7 +224,7 @@ class Reading:
             found.append((field, piece))
         return found
 
-    def ended(self, k: int, field: Field, piece: int) -> tuple[int, tuple[int, ...], str]:
+    def ended(self, k: int, field: Field, piece: int) -> tuple[int, int, tuple[int, ...], str]:
         """What decides where a message ends that its own rendering ends in another way."""
         held, texts, before = self._held, self._held.texts, self._rendering.prompt(k)
         own = held.pieces.world(k + 1)
@@ -243,4 +243,4 @@ class Reading:
         same = next((i for i, (a, b) in enumerate(zip(behind, here, strict=False)) if a != b), len(behind))
         if any(i >= held.constants for i in rest) or same >= len(here):
             raise Unlike("an answer with more behind it")
-        return self.pieces[piece], spaces, behind
+        return self.pieces[piece], own[first], spaces, behind

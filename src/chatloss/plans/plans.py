@@ -28,13 +28,17 @@ SAMPLE = 256  # of so many conversations with rows by plan, one is to be compare
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A conversation of which a plan has said what is to be encoded."""
+    """A conversation of which a plan has said what is to be encoded.
+
+    `spaced`: some of its texts end with space, as none did in the conversation that the plan was read off.
+    """
 
     recording: Recording
     texts: Sequence[str]
     plan: RowPlan
     rendering: Rendering
     drafts: list[Draft]
+    spaced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +64,33 @@ class RowPlans:
     """The plans of an encoder, for the recordings of its template. `planned` counts conversations whose rows they gave.
 
     `apart`: every turn has a row of its own by the policy. `longest`: of a conversation with a row of more tokens it
-    gives none (0: of all). `spaced`: the recordings and texts that it takes.
+    gives none (0: of all).
     """
 
     def __init__(self, tokens: FastTokens, decode: Decode, *, apart: bool, longest: int = 0) -> None:
-        self.spaced = Spaced().of
+        self._spaced = Spaced()
         self._tokens, self._decode, self._apart, self._longest = tokens, decode, apart, longest
         self._plans: WeakKeyDictionary[Recording, RowPlan | Refused] = WeakKeyDictionary()
         self._worth: WeakKeyDictionary[Recording, int] = WeakKeyDictionary()
         self._new: WeakSet[Recording] = WeakSet()
         self.planned = 0
+
+    def known(
+        self, recording: Recording, texts: Sequence[str], rendering: Rendering
+    ) -> Planned | tuple[Recording, Sequence[str]] | None:
+        """What is to be encoded of a conversation some of whose texts end with space, if the plan for none may serve;
+        else the recording and texts that have a plan of their own, or None.
+        """
+        known, plan = self._spaced.of(recording, texts, look=True), self._plans.get(recording)
+        if known is None and isinstance(plan, RowPlan):
+            values = texts[recording.constants :]
+            bare = [*texts[: recording.constants], *[value.rstrip() for value in values]]
+            supple = all(text and i not in plan.stiff for i, text in enumerate(bare) if len(text) < len(texts[i]))
+            if supple and not any(value[:1].isspace() for value in values):
+                drafts = plan.drafts(recording, texts, rendering, bare)
+                if drafts is not None:
+                    return Planned(recording, texts, plan, rendering, drafts, True)
+        return known or self._spaced.of(recording, texts)
 
     def begun(
         self, recording: Recording, texts: Sequence[str], rendering: Rendering

@@ -21,7 +21,7 @@ from chatloss.lazy import Values
 from chatloss.plans.messages import Held, Reading
 from chatloss.plans.pieces import Pieces, Unlike
 from chatloss.plans.placed import Cut
-from chatloss.plans.rows import Aside, Place, Row, RowPlan, wishes
+from chatloss.plans.rows import CLOSED, Aside, Place, Row, RowPlan, wishes
 from chatloss.reference import Rendering, Turn
 from chatloss.sample import Reason, Sample
 from chatloss.shapes.recording import Recording
@@ -60,6 +60,7 @@ class _Plan:
         self._first: _Read | None = None
         self._ids: dict[str, Ids] = {}  # of texts that stand before turns, which are few
         self._open: dict[str, bool] = {}
+        self._stiff: set[int] = set()
         self._space_stops = any(stop[:1].isspace() for stop in rendering.stops.texts)  # a stop may begin in space
 
     def of(self, rows: Sequence[Sample], apart: bool, problems: tuple[Problem, ...]) -> RowPlan:
@@ -103,6 +104,7 @@ class _Plan:
         return RowPlan(
             trunk, tuple(asides.values()), tuple(made[i].row for i in rest), back,
             tuple((order.index(i), order.index(k)) for i, k in longer), told, unlike, outcomes, untrained, problems,
+            frozenset(i for i in self._stiff if i >= self._recording.constants),
         )
 
     def _alike(self, one: int, other: int) -> int:
@@ -169,6 +171,8 @@ class _Plan:
                 called.append((k, reading.place(begin), end, self._called(k, text, own)))
                 if by_text:
                     raise Unlike("a turn that is written otherwise behind its stop")
+            elif lasts and not self._space_stops:
+                made.supple.add(lasts[-1])
             reasons = [None, *(reason for *_, reason in own.spans)]
             spans = zip(own.spans, pairwise(reasons), strict=True)
             parts |= {begin + a for (a, *_), (before, reason) in spans if before != reason}
@@ -195,6 +199,9 @@ class _Plan:
             where[edges[0]], tuple(found), tuple(ended),
             tuple((k, place, where[last], reasons) for k, place, last, reasons in called), tuple(shown),
         )
+        supple = made.supple | {at for at, more in places if more == CLOSED}
+        first = bisect_left(ends, reading.begins[made.begun])
+        self._stiff |= {pieces[at] for at in range(first, len(pieces)) if at not in supple}
         self._first = self._first or made
         return made
 
@@ -264,6 +271,7 @@ class _Plan:
         first = dict(zip(over[: len(begins)], begins, strict=True))
         behind = dict(zip(at[len(begins) :], ends, strict=True))
         of_begins, of_texts, chars = {*begins}, {*begins, *ends}, list[int]()
+        plain = {b for _, b, before in texts if before is None} - {*(b for _, b in trained), *made.reading.begins}
         starts = encoded.starts[[span.start for span in spans]].tolist()
         clean = zip(*encoded.tokens_at(starts), strict=True)
         for i, (span, start, tokens) in enumerate(zip(spans, starts, clean, strict=True), made.spans):
@@ -272,6 +280,9 @@ class _Plan:
                 raise Unlike("a text with nothing behind it")
             if char in of_texts:
                 made.loose[i] = char in of_begins
+                last = made.sample.spans[i - 1]
+                if char in plain and (span.message, span.reason) == (last.message, Reason.SCAFFOLD):
+                    made.closed.add(char)  # what is behind a text is the message's too
             elif tokens != (span.start, span.start):
                 raise Unlike("a token reaches across the end of a span")
             chars.append(char)
@@ -304,7 +315,7 @@ class _Plan:
         if row.pieces[:at] != trunk.pieces[:at] or not self._texts[trunk.pieces[at]].startswith(skipped):
             return None
         places = row.places[context : len(row.values.messages) + 1]
-        if (at, offset) > trunk.places[trunk.context] or any(a < at for a, _ in places):
+        if (at, offset) > trunk.places[trunk.context] or any(a < at or more == CLOSED for a, more in places):
             return None
         # What was taken over from the trunk need not be compared.
         of_found, of_ended, of_shown, *_ = read.taken
@@ -365,6 +376,8 @@ class _Read:
         self.moved: list[int] = []
         self.places: Sequence[Place] = ()
         self.loose: dict[int, bool] = {}
+        self.supple: set[int] = set()  # pieces with which turns end
+        self.closed: set[int] = set()  # characters at which texts end that may end with space elsewhere
         self.marks: list[tuple[int, int, int, int, int]] = []
         self._before = first if self.begun else None
         if first is not None and self.begun:
@@ -375,6 +388,8 @@ class _Read:
 
     def place(self, char: int) -> Place:
         """The place of a character, or which of those it is that `shown` messages are found at."""
+        if char in self.closed:
+            return bisect_left(self.reading.ends, char) - 1, CLOSED
         return (-1, self._where[char]) if char in self._where else self.reading.place(char)
 
     def values(self) -> Values:

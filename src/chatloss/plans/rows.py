@@ -24,11 +24,13 @@ from chatloss.sample import Decode, Reason, Sample
 from chatloss.shapes.recording import Recording
 from chatloss.tokens import Ids
 
-__all__ = ["Aside", "Place", "Row", "RowPlan", "alike", "wishes"]
+__all__ = ["CLOSED", "Aside", "Place", "Row", "RowPlan", "alike", "wishes"]
 
-# A place in a row: the piece, and how many characters behind its beginning (0 in what is not the template's own text);
-# or -1 and which of the places that `shown` messages are found at.
+# A place in a row: the piece, and how many characters behind its beginning (0 in what is not the template's own text),
+# or CLOSED, where the text that the piece is ends, before any space; or -1 and which of the places that `shown`
+# messages are found at.
 Place = tuple[int, int]
+CLOSED = -1
 _draft = partial(tuple.__new__, Draft)  # twice as fast as calling it
 
 
@@ -38,11 +40,11 @@ class Row:
 
     Behind those are the places of `cuts`: what must stand where a turn of the row begins or ends. `loose` is as in
     `Layout`. `context` is the number of the place where the last turn begins. `found`: (piece, its text, where one
-    begins to look for it): it must be found there. `ended`: (text, the space behind it where it is the last answer and
-    here, if any, what follows the last answer), whose end must not be found again in that. `called`: (turn with calls,
-    where it begins, the number of the place where it ends, the reasons of its fields). `shown`: (earlier message that
-    is not written as it stands, where it begins and ends, where each of its fields begins, the piece that it ends in
-    and whether with that, whether its end is found by its text).
+    begins to look for it): it must be found there. `ended`: (text, and that of the last answer; the space behind it
+    there and here, if any; what follows the last answer), whose end must not be found again in that. `called`: (turn
+    with calls, where it begins, the number of the place where it ends, the reasons of its fields). `shown`: (earlier
+    message that is not written as it stands, where it begins and ends, where each of its fields begins, the piece that
+    it ends in and whether with that, whether its end is found by its text).
     """
 
     pieces: tuple[int, ...]
@@ -53,15 +55,23 @@ class Row:
     cuts: tuple[Cut, ...]
     context: int
     found: tuple[tuple[int, int, Place], ...]
-    ended: tuple[tuple[int, tuple[int, ...], str], ...]
+    ended: tuple[tuple[int, int, tuple[int, ...], str], ...]
     called: tuple[tuple[int, Place, int, tuple[Reason, ...]], ...]
     shown: tuple[tuple[int, Place, Place, tuple[tuple[Place, int, bool], ...], bool], ...]
 
     @cached_property
+    def closed(self) -> tuple[int, ...]:
+        """The pieces that are closed."""
+        return tuple(dict.fromkeys(at for at, more in self.places if more == CLOSED))
+
+    @cached_property
     def layout(self) -> Layout:
-        # Where `shown` messages are found is marked behind the pieces, the tail and the end.
+        # Where `shown` messages are found is marked behind the pieces, the tail and the end; then where texts end.
         shown = len(self.pieces) + 2
-        places = [(at, more) if at >= 0 else (shown + more, 0) for at, more in self.places]
+        closed = shown + 2 * sum(len(places) for *_, places, _ in self.shown)
+        where = {at: (closed + i, 0) for i, at in enumerate(self.closed)}
+        places = [where[at] if more == CLOSED else (at, more) if at >= 0 else (shown + more, 0)
+                  for at, more in self.places]
         return Layout(len(self.values.messages), places, self.loose, self.cuts)
 
 
@@ -107,6 +117,7 @@ class RowPlan:
     `longer`: (a row, another), of which the first must be longer, because it has turns that may share the other.
     `told`: (message, whether it is its reasoning, the pieces that must be that; none where there must be none).
     `unlike`: (piece, text), neither of which may begin the other. `problems` are of turns that the template refuses.
+    `stiff`: pieces that must not end with space, as others may where none did in the conversation it was read off.
     """
 
     trunk: Row
@@ -119,19 +130,25 @@ class RowPlan:
     outcomes: Mapping[int, str]
     untrained: Mapping[int, str]
     problems: tuple[Problem, ...]
+    stiff: frozenset[int]
 
     @property
     def _all(self) -> tuple[Row | Aside, ...]:
         return self.trunk, *self.asides, *self.rest
 
-    def drafts(self, recording: Recording, texts: Sequence[str], rendering: Rendering) -> list[Draft] | None:
-        """What is to be encoded of a conversation, whose recording gave `texts`; None where its rows may be others."""
-        messages = rendering.conversation.messages
+    def drafts(
+        self, recording: Recording, texts: Sequence[str], rendering: Rendering, bare: Sequence[str] | None = None
+    ) -> list[Draft] | None:
+        """What is to be encoded of a conversation, whose recording gave `texts`; None where its rows may be others.
+
+        `bare`: these without the space that they end with, if any of them does.
+        """
+        messages, bare = rendering.conversation.messages, bare or texts
         if wishes(messages):
             return None
         for k, reasoning, pieces in self.told:
             text = messages[k].reasoning if reasoning else messages[k].content
-            if not isinstance(text, str | None) or not _is(text or "", texts, pieces):
+            if not isinstance(text, str | None) or not _is(text or "", bare, pieces):
                 return None
         for piece, text in self.unlike:
             if alike(texts[piece], text):
@@ -140,7 +157,8 @@ class RowPlan:
             rendering.give(lambda count, prompt: recording.text(texts, count, prompt))
         made: list[Draft] = []
         for one in self._all:
-            draft = _drafted(one, texts, rendering) if isinstance(one, Row) else _beside(one, texts, rendering)
+            draft = _drafted(one, texts, bare, rendering) if isinstance(one, Row) else \
+                _beside(one, texts, bare, rendering)
             if draft is None:
                 return None
             made.append(draft)
@@ -193,16 +211,21 @@ def alike(text: str, other: str) -> bool:
     return text.startswith(other) or other.startswith(text)
 
 
-def _drafted(row: Row, texts: Sequence[str], rendering: Rendering) -> Draft | None:
+def _drafted(row: Row, texts: Sequence[str], bare: Sequence[str], rendering: Rendering) -> Draft | None:
     """A row of a conversation with its places, if all is found where it must be."""
     parts = [texts[i] for i in row.pieces]
     text = "".join(parts) + row.tail
     ends = [*accumulate(map(len, parts), initial=0), len(text)]
     for piece, wanted, (at, offset) in row.found:
-        if text.find(texts[wanted], ends[at] + offset) != ends[piece]:
+        if text.find(bare[wanted], ends[at] + offset) != ends[piece]:
             return None
-    for wanted, spaces, behind in row.ended:
-        words = texts[wanted][-SHORT:]
+    for wanted, own, spaces, behind in row.ended:
+        words = bare[wanted][-SHORT:]
+        if bare is not texts:
+            closing = texts[wanted][len(bare[wanted]) :]
+            if texts[own] != bare[own] + closing:
+                return None
+            behind = closing + behind
         if spaces:
             space, other = spaces
             if texts[space] != texts[other]:
@@ -216,6 +239,7 @@ def _drafted(row: Row, texts: Sequence[str], rendering: Rendering) -> Draft | No
         if shown is None:
             return None
         ends += shown
+    ends += [ends[at] + len(bare[row.pieces[at]]) for at in row.closed]
     for k, (at, offset), last, reasons in row.called:
         mark, more = row.layout.places[last]
         if not _calls(rendering, k, text, ends[at] + offset, ends[mark] + more, reasons):
@@ -223,13 +247,13 @@ def _drafted(row: Row, texts: Sequence[str], rendering: Rendering) -> Draft | No
     return _draft((row.layout, text, ends, None))
 
 
-def _beside(one: Aside, texts: Sequence[str], rendering: Rendering) -> Draft | None:
+def _beside(one: Aside, texts: Sequence[str], bare: Sequence[str], rendering: Rendering) -> Draft | None:
     """What the turn of a row beside the longest has of its own, and what stands before it."""
     parts, head = [texts[i] for i in one.pieces], one.head
     text = head + ("".join(parts) + one.tail)[one.skipped :]
     ends = [*accumulate(map(len, parts), initial=len(head) - one.skipped), len(text)]
     for piece, wanted in one.found:
-        if text.find(texts[wanted], len(head)) != ends[piece]:
+        if text.find(bare[wanted], len(head)) != ends[piece]:
             return None
     if one.called is not None:
         k, last, reasons = one.called

@@ -58,7 +58,7 @@ class Renderings(Mapping[World, "Pieces | Exception"]):
         return most[0] + max(most[1:], default=0)
 
     def texts(self, texts: Sequence[str]) -> Iterator[tuple[World, tuple[str | Exception, int]]]:
-        """By world what it writes where ``texts[i]`` is piece `i`, or raises, and how much the longest begins with, too."""
+        """By world what it writes where ``texts[i]`` is piece `i`, or raises; how much the longest begins with, too."""
         ends = [*accumulate([len(texts[i]) for i in self._trunk], initial=0)]
         trunk = "".join([texts[i] for i in self._trunk])
         for world, found in self._worlds.items():
