@@ -18,7 +18,7 @@ from chatloss.chat import REASONING_KEYS
 from chatloss.errors import ChatlossError, TemplateError
 from chatloss.sandbox import Bounds, Exceeded, Sandbox
 from chatloss.shapes.recording import Recording
-from chatloss.shapes.shapes import SMALL, Shapes
+from chatloss.shapes.shapes import Shapes
 from chatloss.stops import Stop, control_texts, first_stop, last_stop, next_header
 from chatloss.traced import TracedTemplate, Unsupported, World
 
@@ -153,8 +153,8 @@ class ChatTemplate:
             World(one.count, one.prompt, (one.swap[0], _aliased(one.swap[1]))) if one.swap else one for one in worlds
         ]
         made = by_shape = known.render(messages, worlds, tools, kwargs) if known is not None else None
-        # A long conversation, which takes long to render alone, is compared with the one pass when its shape is new.
-        replayed = known is not None and made is not None and not (known.fresh and len(messages) > SMALL)
+        # What takes long to render alone is compared with the one pass when its shape is new.
+        replayed = known is not None and made is not None and not known.together
         if not replayed:
             made = traced.render(
                 messages, worlds, tools=None if tools is None else list(tools), documents=None,

@@ -15,7 +15,7 @@ from chatloss.meter import Exceeded, Meter
 from chatloss.shapes.pure import OfTools
 from chatloss.shapes.symbols import Once, Pieces, Symbol, Unplanned, holds_symbols
 
-__all__ = ["Recorder", "Step", "Written", "told"]
+__all__ = ["MOST", "Recorder", "Step", "Written", "told"]
 
 MOST = 4000  # steps of a recording, parts of a text
 LARGEST = 256  # parts of a list or dict with symbols in it

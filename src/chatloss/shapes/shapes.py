@@ -34,7 +34,7 @@ _SCALARS = frozenset((str, int, bool, float, type(None)))
 class Shapes:
     """The shapes of conversations under one template text. Raises `Unsupported` where it cannot be recorded.
 
-    `fresh`: what `render` gave last is the first that a recording was used for.
+    `fresh`: what `render` gave last is the first that a recording was used for; `together`: one made in one pass.
 
     Not safe for use by several threads at a time.
     """
@@ -52,7 +52,7 @@ class Shapes:
             raise Unsupported(str(error)) from None
         self._constants, self._text, self._clock = constants, text, clock
         self._together: tuple[TogetherSandbox, Template] | None = None
-        self.fresh, self.known = False, list[int]()
+        self.fresh, self.together, self.known = False, False, list[int]()
         self._seen: OrderedDict[int, int] = OrderedDict()  # by hash: shapes may be long
         self._shapes: OrderedDict[Any, list[Recording]] = OrderedDict()
 
@@ -66,11 +66,13 @@ class Shapes:
         has for each world a number of characters: two of the texts begin alike through the smaller of theirs.
         """
         key, leaves = _shape_of(messages, tools, variables)
+        self.together = False
         if key is None:
             return None
         self._start()
         shape, texts = self._known(key, leaves)
         self.fresh = texts is None and _may_be_kept(key) and self._often(key)
+        self.together = self.fresh and len(messages) > SMALL
         if self.fresh:
             self._learn(key, self._record(messages, worlds, tools, variables))
             self._start()

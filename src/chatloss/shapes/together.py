@@ -10,7 +10,7 @@ from jinja2 import Template
 from jinja2.runtime import Context
 
 from chatloss.meter import Exceeded
-from chatloss.shapes.recorder import Recorder, Written
+from chatloss.shapes.recorder import MOST, Recorder, Written
 from chatloss.shapes.sandbox import RecordingSandbox
 from chatloss.shapes.symbols import Symbol, Unplanned
 from chatloss.traced.render import World, bits, given_to
@@ -129,6 +129,8 @@ class SymbolBuffer:
                     found[at] = (mask ^ shared, before)
                     before = before[:]
                     at += 1
+                if len(before) + len(more) > MOST:
+                    raise Unplanned("too many parts of a text")
                 if before and more and type(before[-1]) is type(more[0]) is str:
                     before[-1] += more[0]
                     before += more[1:]
