@@ -161,7 +161,8 @@ def chatloss(pair: str, data: str, backend: str) -> dict[str, Any]:
     for text in texts:
         encoder.tokens.encode(text)
     least = time.process_time() - began
-    return {"seconds": seconds, "known": known, "known_megabytes": megabytes(other_texts), "tokens": sum(c.tokens for c in counts), "rows": sum(c.rows for c in counts),
+    return {"seconds": seconds, "known": known, "known_megabytes": megabytes(other_texts),
+            "tokens": sum(c.tokens for c in counts), "rows": sum(c.rows for c in counts),
             "rejected": sum(sum(c.rejected.values()) for c in counts), "stages": stages, "least": least,
             "rendering": rendering, "megabytes": megabytes(texts),
             **two_processes(pair, data, backend)}
@@ -366,16 +367,16 @@ def line(data: str, ours: dict[str, Any], others: dict[str, Any]) -> list[str]:
         shown(1, trl.get("seconds", 0) * ours["known_megabytes"], size * ours["known"]),
         shown(1, ours["tokens"], trl.get("tokens")),
         shown(2, size, ours["two"]), shown(2, size, two.get("seconds")), shown(1, two.get("seconds"), ours["two"]),
-        shown(1, ours["seconds"], ours["least"]), shown(1, ours["known"] * size, ours["least"] * ours["known_megabytes"]),
+        shown(1, ours["seconds"], ours["least"]),
+        shown(1, ours["known"] * size, ours["least"] * ours["known_megabytes"]),
         shown(2, size, ours["rendering"]),
         *(f"{ours['stages'].get(stage, 0):.0%}" for stage in STAGES),
     ]
 
 
 COLUMNS = ("pair", "chats", "MB", "chatloss MB/s", "shapes known", "TRL MB/s", "transformers MB/s", "chatloss : TRL",
-           "shapes known : TRL", "tokens : TRL's",
-           "chatloss x2 MB/s", "TRL x2 MB/s", "ratio x2", "all : render and encode once", "shapes known", "rendering once MB/s",
-           *STAGES)
+           "shapes known : TRL", "tokens : TRL's", "chatloss x2 MB/s", "TRL x2 MB/s", "ratio x2",
+           "all : render and encode once", "shapes known", "rendering once MB/s", *STAGES)
 
 
 def main() -> None:

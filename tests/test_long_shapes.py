@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from chatloss.plans import spaced
 from chatloss.sandbox import Bounds
 from chatloss.shapes import shapes
 from chatloss.shapes.recorder import Recorder
+from chatloss.shapes.symbols import Symbol
 from chatloss.shapes.together import SymbolBuffer, SymbolWorlds
 from chatloss.template import ChatTemplate
 from chatloss.traced import World
@@ -99,6 +101,23 @@ def test_recordings_are_small_and_hold_no_text() -> None:
     assert not any(words in one for one in recording.texts)
     refusals = [one for one in recording.worlds.values() if isinstance(one, Exception)]
     assert len(refusals) == 50 and all(one.__traceback__ is one.__context__ is None for one in refusals)
+
+
+@pytest.mark.parametrize("small", [0, 32])
+@pytest.mark.parametrize("family", ["qwen3", "llama3", "gpt-oss", "asked"])
+def test_nothing_of_a_conversation_is_kept(family: str, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "SMALL", small)
+    texts = ASKED.values() if family == "asked" else [encoder(family).template.source]
+    for text in texts:
+        template, chats = template_of(str(text)), [SHAPES[name] for name in ("tools", "plain", "reasoning")]
+        replayed(template, [chat for chat in chats for _ in range(2)])
+        known = template._local.shapes["default"]
+        assert known is not None
+        for sandbox in (known._sandbox, *(known._together or ())[:1]):
+            sandbox.recorder.begin()  # as for the next one
+            sandbox.recorder.end()
+        gc.collect()
+        assert not [one.value for one in gc.get_objects() if type(one) is Symbol]
 
 
 def test_a_rendering_of_too_many_parts_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

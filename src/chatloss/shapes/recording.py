@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import Template
+from jinja2.runtime import Context
 
 from chatloss.meter import Exceeded
 from chatloss.shapes.program import Program
@@ -15,7 +16,7 @@ from chatloss.shapes.renderings import Renderings
 from chatloss.shapes.sandbox import RecordingSandbox
 from chatloss.shapes.symbols import Symbol, Unplanned
 
-__all__ = ["Recording", "recorded", "written_alone"]
+__all__ = ["Recording", "forget", "recorded", "written_alone"]
 
 Message = Mapping[str, Any]
 Leaf = Callable[..., Symbol]
@@ -105,7 +106,14 @@ def written_alone(
             raise Unplanned(str(error)) from None
         except Exception as error:  # a stranger's code: whatever it raises is its refusal
             made[count, prompt] = refusals.setdefault(told(error), error)
+        finally:
+            forget(context)
     return made
+
+
+def forget(context: Context) -> None:
+    """Let go of the conversation: steps may keep the context, from which they take nothing of it."""
+    context.parent.update(messages=None, tools=None)
 
 
 def _with_leaves(message: Message, leaf: Leaf) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from jinja2 import Template, nodes
 from jinja2.exceptions import TemplateRuntimeError
-from jinja2.runtime import Context, Macro
+from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.utils import Namespace
 
 from chatloss.meter import Bounds
@@ -151,6 +151,8 @@ class RecordingSandbox(Sandbox):
         space[name] = self.recorder.kept(value)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is LoopContext and attribute == "changed":
+            raise Unplanned("what a loop gives depends on what it was asked before")
         if type(obj) is Symbol:
             return self.recorder.step(("attribute", attribute), partial(_swapped, super().getattr, attribute), (obj,))
         return super().getattr(obj, attribute)

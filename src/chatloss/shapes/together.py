@@ -11,6 +11,7 @@ from jinja2.runtime import Context
 
 from chatloss.meter import Exceeded
 from chatloss.shapes.recorder import MOST, Recorder, Written
+from chatloss.shapes.recording import forget
 from chatloss.shapes.sandbox import RecordingSandbox
 from chatloss.shapes.symbols import Symbol, Unplanned
 from chatloss.traced.render import World, bits, given_to
@@ -107,6 +108,8 @@ class SymbolBuffer:
         if self.pieces and self.pieces[-1][0] == mask:
             self.pieces[-1][1].append(text)
         else:
+            if len(self.pieces) > 4 * MOST:
+                raise Unplanned("the renderings take turns too often")
             self.pieces.append((mask, [text]))
 
     def parts(self, worlds: int, flat: Callable[[list[Any]], list[Any]]) -> list[tuple[int, list[Any]]]:
@@ -185,21 +188,31 @@ def written_together(
 
     Raises `Unplanned` where another conversation of the shape may be rendered in another way.
     """
-    run, recorder = sandbox.worlds, sandbox.recorder
+    run = sandbox.worlds
     run.begin(len(worlds))
+    context = template.new_context({**variables, **given_to(messages, [World(*one) for one in worlds])})
     try:
-        context = template.new_context({**variables, **given_to(messages, [World(*one) for one in worlds])})
-        for _ in template.root_render_func(context):
-            pass
+        return _written(sandbox, template, context, worlds)
     except (Unproven, Exceeded, RecursionError, MemoryError) as error:
         raise Unplanned(str(error)) from None
-    except Unplanned:
+    finally:
+        forget(context)
+        run.begin(0)
+
+
+def _written(
+    sandbox: TogetherSandbox, template: Template, context: Context, worlds: Sequence[tuple[int, bool]]
+) -> Written:
+    run, made = sandbox.worlds, Written()
+    try:
+        for _ in template.root_render_func(context):
+            pass
+    except (Unplanned, Unproven, Exceeded, RecursionError, MemoryError):
         raise
     except Exception as error:  # a stranger's code: whatever it raises is its refusal
         run.refused.append((run.mask, error))
         run.dead = run.all
-    made: Written = {}
-    for mask, parts in run.buffer.parts(run.all & ~run.dead, recorder.flat):
+    for mask, parts in run.buffer.parts(run.all & ~run.dead, sandbox.recorder.flat):
         made.update(dict.fromkeys([worlds[i] for i in bits(mask)], tuple(parts)))
     for mask, refusal in run.refused:
         made.update(dict.fromkeys([worlds[i] for i in bits(mask)], refusal))
