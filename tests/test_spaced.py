@@ -65,7 +65,7 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = Spaced()
     for one in recorded:
         made, texts = kept.of(one, ("<u>", "a\n"))  # type: ignore[misc]
-        assert made.text(texts, 1, False) == "<u>a\n" * 50
+        assert made.worlds.written(texts)((1, False)) == ("<u>a\n" * 50, 250)
         assert kept.of(one, ("<u>", "b\n"))[0] is made  # type: ignore[index]
     assert sum(map(len, kept._made.values())) <= 4
 

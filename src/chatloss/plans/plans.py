@@ -78,19 +78,19 @@ class RowPlans:
     def known(
         self, recording: Recording, texts: Sequence[str], rendering: Rendering
     ) -> Planned | tuple[Recording, Sequence[str]] | None:
-        """What is to be encoded of a conversation some of whose texts end with space, if the plan for none may serve;
-        else the recording and texts that have a plan of their own, or None.
+        """The recording and texts that have a plan, or may have one; None for those hardly seen yet.
+
+        If some texts end with space, and the plan for texts without it serves: what is to be encoded.
         """
-        known, plan = self._spaced.of(recording, texts, look=True), self._plans.get(recording)
-        if known is None and isinstance(plan, RowPlan):
-            values = texts[recording.constants :]
+        plan, values = self._plans.get(recording), texts[recording.constants :]
+        if isinstance(plan, RowPlan) and any(value[-1:].isspace() for value in values):
             bare = [*texts[: recording.constants], *[value.rstrip() for value in values]]
             supple = all(text and i not in plan.stiff for i, text in enumerate(bare) if len(text) < len(texts[i]))
             if supple and not any(value[:1].isspace() for value in values):
                 drafts = plan.drafts(recording, texts, rendering, bare)
                 if drafts is not None:
                     return Planned(recording, texts, plan, rendering, drafts, True)
-        return known or self._spaced.of(recording, texts)
+        return self._spaced.of(recording, texts)
 
     def begun(
         self, recording: Recording, texts: Sequence[str], rendering: Rendering

@@ -154,7 +154,13 @@ class RowPlan:
             if alike(texts[piece], text):
                 return None
         if self.trunk.shown or any(row.shown for row in self.rest):
-            rendering.give(lambda count, prompt: recording.text(texts, count, prompt))
+            written = recording.worlds.written(texts)
+
+            def known(count: int, prompt: bool) -> str | None:
+                found = written((count, prompt))
+                return found[0] if isinstance(found, tuple) else None
+
+            rendering.give(known)
         made: list[Draft] = []
         for one in self._all:
             draft = _drafted(one, texts, bare, rendering) if isinstance(one, Row) else \

@@ -26,12 +26,8 @@ class Spaced:
         self._sights: dict[int, int] = {}  # by hash: all is forgotten when it is too much
         self._made: WeakKeyDictionary[Recording, dict[bytes, Recording]] = WeakKeyDictionary()
 
-    def of(
-        self, recording: Recording, texts: Sequence[str], *, look: bool = False
-    ) -> tuple[Recording, Sequence[str]] | None:
+    def of(self, recording: Recording, texts: Sequence[str]) -> tuple[Recording, Sequence[str]] | None:
         """A recording that gave `texts`, and these, with texts and space apart; None for a pattern hardly seen yet.
-
-        `look`: None for any that has not been planned, too, which is then not seen.
 
         >>> from chatloss.shapes.renderings import Renderings
         >>> made = Recording(None, ("<u>",), 0, 1, Renderings({(1, False): (0, 1, 0, 2)}))
@@ -51,7 +47,7 @@ class Spaced:
         pattern = bytes(spaces)
         made = self._made.setdefault(recording, {}).get(pattern)
         if made is None:
-            if look or not self._often(hash((id(recording), pattern))):
+            if not self._often(hash((id(recording), pattern))):
                 return None
             made = _apart(recording, pattern)
             self._keep(recording, pattern, made)

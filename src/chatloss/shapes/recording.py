@@ -42,11 +42,6 @@ class Recording:
     def constants(self) -> int:
         return len(self.texts)
 
-    def text(self, texts: Sequence[str], count: int, prompt: bool) -> str | None:
-        """A world of the conversation whose pieces are `texts`; None where it is refused or not known."""
-        pieces = self.worlds.get((count, prompt))
-        return "".join([texts[i] for i in pieces]) if isinstance(pieces, tuple) else None
-
 
 def recorded(
     write: Write, sandbox: RecordingSandbox, template: Template, messages: Sequence[Message],

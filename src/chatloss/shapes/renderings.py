@@ -57,16 +57,21 @@ class Renderings(Mapping[World, "Pieces | Exception"]):
         most = [max(Counter(one).values(), default=0) for one in self.held()]
         return most[0] + max(most[1:], default=0)
 
-    def texts(self, texts: Sequence[str]) -> Iterator[tuple[World, tuple[str | Exception, int]]]:
-        """By world what it writes where ``texts[i]`` is piece `i`, or raises; how much the longest begins with, too."""
+    def written(self, texts: Sequence[str]) -> Callable[[World], tuple[str, int] | Exception | None]:
+        """What a world writes where ``texts[i]`` is piece `i`, and how much of that the longest begins with, too.
+
+        The longest is joined once; others are a part of it and the rest. None for a world that is not known.
+        """
         ends = [*accumulate([len(texts[i]) for i in self._trunk], initial=0)]
         trunk = "".join([texts[i] for i in self._trunk])
-        for world, found in self._worlds.items():
-            if isinstance(found, Exception):
-                yield world, (found, 0)
-            else:
-                begun = ends[found[0]]
-                yield world, (trunk[:begun] + "".join([texts[i] for i in found[1]]), begun)
+
+        def made(world: World) -> tuple[str, int] | Exception | None:
+            found = self._worlds.get(world)
+            if found is None or isinstance(found, Exception):
+                return found
+            return trunk[: ends[found[0]]] + "".join([texts[i] for i in found[1]]), ends[found[0]]
+
+        return made
 
     def split(self, parts: Callable[[Any], Sequence[int]]) -> Renderings:
         """The same with `parts` of each piece in its stead."""

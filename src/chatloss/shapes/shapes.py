@@ -79,18 +79,21 @@ class Shapes:
             shape, texts = self._known(key, leaves)
         if shape is None or texts is None:
             return None
-        made = dict(shape.worlds.texts(texts))
+        made = shape.worlds.written(texts)
         found: Rendered = []
         self.known = []
         for world in worlds:
-            text: str | Exception | None
-            text, known = made.get((world.count, world.prompt), (None, 0))
+            one, known = made((world.count, world.prompt)), 0
             if world.swap is not None:
-                given, known = self._swapped(shape, key, messages, world.swap, tools, variables), 0
-                if given is None or isinstance(text, str):
-                    text = None if given is None else shape.text(given, world.count, world.prompt)
-            found.append(text)
-            self.known.append(known)
+                given = self._swapped(shape, key, messages, world.swap, tools, variables)
+                if given is None or isinstance(one, tuple):
+                    one = None if given is None else shape.worlds.written(given)((world.count, world.prompt))
+            if isinstance(one, tuple):
+                text, known = one
+                found.append(text)
+            else:
+                found.append(one)
+            self.known.append(0 if world.swap else known)
         return found
 
     def recall(
