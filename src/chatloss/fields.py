@@ -226,7 +226,9 @@ def _call_pieces(call: ToolCall) -> Iterator[tuple[str, ...]]:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
+    if type(value) is str:  # mostly
+        yield value
+    elif isinstance(value, Mapping):
         for item in value.values():
             yield from _leaves(item)
     elif isinstance(value, list | tuple):

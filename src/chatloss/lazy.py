@@ -36,6 +36,10 @@ class Values(NamedTuple):
     def part(self, first: int, last: int | None = None) -> Values:
         return Values(self.messages[first:last], self.weights[first:last], self.reasons[first:last])
 
+    def copy(self) -> Values:
+        """The same, to let go of what it is a part of."""
+        return Values(self.messages.copy(), self.weights.copy(), self.reasons.copy())
+
     def behind(self, other: Values) -> Values:
         """Both, the other ones first."""
         return Values(

@@ -339,7 +339,7 @@ class _Plan:
             self._open[head] = self._tokens.may_go_on(head)
         if self._open[head]:
             return None  # an added token that is open there
-        own, others = row.values.part(context - 1), trunk.values.part(context - 1)
+        own, others = row.values.part(context - 1).copy(), trunk.values.part(context - 1)
         return Aside(
             reading.text[end:edge], cut.rest, offset, len(trunk.places) + 3 * before + 1, context, row.pieces[at:],
             row.tail, tuple((a - at, more) for a, more in places), own, own.alike(others), loose,

@@ -26,7 +26,7 @@ LARGEST, SMALL = 256, 32  # messages of a conversation; where there are more, al
 # So many conversations of a shape take as long as recording one and planning its rows, and so many more to try again.
 OFTEN, LATER = 4, 144
 KNOWN, RECORDED, EACH = 4096, 256, 8  # shapes that are counted, those that are recorded, recordings of each
-KEPT = 200_000  # steps and pieces of all recordings together
+KEPT = 120_000  # steps and pieces of all recordings together, of which each takes a kilobyte with its plan
 LONGEST_SHAPE, LONGEST_NAME, LONGEST_TEXT = 4096, 64, 2**20  # of what is kept for each
 _SCALARS = frozenset((str, int, bool, float, type(None)))
 
