@@ -60,9 +60,10 @@ class Recorder:
         self.buffer = Text()
 
     def end(self) -> None:
-        """No symbol may be asked for anything from now on."""
+        """No symbol may be asked for anything from now on; none is kept here."""
+        self.start()
         self.slots = -1
-        self._known, self._kept = {}, []
+        self.steps, self.written, self._known, self._kept = [], {}, {}, []
 
     # -- symbols ---------------------------------------------------------------------------------------------------
 
