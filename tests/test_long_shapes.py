@@ -80,7 +80,7 @@ def test_what_is_broken_is_noticed(broken: str, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.usefixtures("in_one_pass")
 @pytest.mark.parametrize("text", [*EXHAUSTING.values(), *ESCAPES.values()], ids=[*EXHAUSTING, *ESCAPES])
 def test_what_exhausts_or_escapes_alone_does_neither_here(text: str) -> None:
-    template = ChatTemplate(text, bounds=Bounds(ticks=20_000))
+    template = ChatTemplate(text, bounds=Bounds(ticks=20_000, built=10**8))
     for _ in range(2):
         for one in template.render_all([user("hi"), answer("yo")], [World(1), World(2), World(2, True)]):
             assert not isinstance(one, str) or not one
