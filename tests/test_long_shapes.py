@@ -32,8 +32,9 @@ SAID = ["It is four", "Tell me more", "Why is that", "Nobody knows it", "- one\n
 
 @pytest.fixture
 def in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short conversations are recorded as long ones are."""
+    """Short conversations are recorded as long ones are, and another part of a template at once."""
     monkeypatch.setattr(shapes, "SMALL", 0)
+    monkeypatch.setattr(shapes, "PATIENCE", 1)
 
 
 @pytest.mark.usefixtures("in_one_pass")
@@ -149,6 +150,18 @@ def test_long_chats_are_planned(family: str, kind: str) -> None:
     chats, tools = agents(kind, 44, chance), [conformance.LOOKUP] if kind == "tools" else None
     counts = [planned(made, next(chats), tools) for _ in range(5)]
     assert counts == [0, 1, 2, 3, 4]
+
+
+def test_long_shapes_that_do_not_come_again_are_seldom_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each message of an agent may have a text or not, which templates ask: recording takes as long as six chats."""
+    tried = []
+    record = shapes.Shapes._record
+    monkeypatch.setattr(shapes.Shapes, "_record", lambda *args: (tried.append(1), record(*args))[1])
+    template, chance = template_of(LOOP + "{% if m.content %}{{ m.content }}{% endif %}{% endfor %}"), random.Random(1)
+    for _ in range(120):
+        messages = [user(chance.choice(["", "hi"])) for _ in range(40)]
+        assert template.render_all(messages, [World(40)]) == ["".join(one["content"] for one in messages)]
+    assert len(tried) == 6  # the 1st, and then after 2, 4, 8 ...
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,12 +17,14 @@ from chatloss.plans.spaced import Spaced
 from chatloss.reference import Rendering
 from chatloss.sample import Decode, Sample
 from chatloss.shapes.recording import Recording
+from chatloss.shapes.shapes import SMALL
 from chatloss.tokens import FastTokens
 
 __all__ = ["Planned", "RowPlans", "same_encodings", "same_rows"]
 
 # A plan that has failed more often than served is made anew; a shape that gives none is tried so often.
 FIRST_WORTH, MOST_WORTH, MOST_TRIES = 8, 32, 16
+LONG_TRIES = 3  # of more than `SMALL` messages, where a try takes as long as several conversations
 SAMPLE = 256  # of so many conversations with rows by plan, one is to be compared
 
 
@@ -139,9 +141,10 @@ class RowPlans:
     ) -> None:
         """Make a plan of a conversation's encoding, where there is none, or none that serves."""
         worth, there = self._worth.get(recording, 0), recording in self._plans
-        if worth >= 0 if there else worth <= -MOST_TRIES:
-            return
         rows, messages = encoding.rows, rendering.conversation.messages
+        tries = LONG_TRIES if len(messages) > SMALL else MOST_TRIES
+        if worth >= 0 if there else worth <= -tries:
+            return
         refused = {turn.index for turn in encoding.turns if _is_refused(recording, turn.index, messages)}
         turns = [turn for turn in encoding.turns if turn.index not in refused]
         plan: RowPlan | Refused | None

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Template
 from jinja2.exceptions import TemplateError as JinjaError
 
-from chatloss.meter import Bounds
+from chatloss.meter import Bounds, Exceeded
 from chatloss.shapes.recording import Recording, recorded, written_alone
 from chatloss.shapes.sandbox import RecordingSandbox
 from chatloss.shapes.together import TogetherSandbox, written_together
@@ -25,9 +25,13 @@ Rendered = list[str | Exception | None]
 LARGEST, SMALL = 256, 32  # messages of a conversation; where there are more, all is recorded in one pass
 # So many conversations of a shape take as long as recording one and planning its rows, and so many more to try again.
 OFTEN, LATER = 4, 144
+PATIENCE = 2  # each recording of a long shape that did not serve makes the next one wait so many times longer
 KNOWN, RECORDED, EACH = 4096, 256, 8  # shapes that are counted, those that are recorded, recordings of each
 KEPT = 120_000  # steps and pieces of all recordings together, of which each takes a kilobyte with its plan
 LONGEST_SHAPE, LONGEST_NAME, LONGEST_TEXT = 4096, 64, 2**20  # of what is kept for each
+_NOT_COMPILED = (
+    JinjaError, SyntaxError, RecursionError, MemoryError, ValueError, OverflowError, TypeError, Unsupported, Exceeded,
+)
 _SCALARS = frozenset((str, int, bool, float, type(None)))
 
 
@@ -48,7 +52,7 @@ class Shapes:
         self._sandbox.meter.start()
         try:
             self._template = self._sandbox.load(text)
-        except (JinjaError, SyntaxError, RecursionError, MemoryError, ValueError, OverflowError, TypeError) as error:
+        except _NOT_COMPILED as error:
             raise Unsupported(str(error)) from None
         self._constants, self._text, self._clock = constants, text, clock
         self._together: tuple[TogetherSandbox, Template] | None = None
@@ -71,8 +75,9 @@ class Shapes:
             return None
         self._start()
         shape, texts = self._known(key, leaves)
-        self.fresh = texts is None and _may_be_kept(key) and self._often(key)
-        self.together = self.fresh and len(messages) > SMALL
+        long = len(messages) > SMALL
+        self.fresh = texts is None and _may_be_kept(key) and self._often(key, long)
+        self.together = self.fresh and long
         if self.fresh:
             self._learn(key, self._record(messages, worlds, tools, variables))
             self._start()
@@ -140,13 +145,17 @@ class Shapes:
         own, leaves = _shape_of([*messages[:index], other, *messages[index + 1 :]], tools, variables)
         return self._replayed(shape, leaves) if own == key else None
 
-    def _often(self, key: Any) -> bool:
-        """Whether a recording is worth its time, after so many conversations that had to do without."""
+    def _often(self, key: Any, long: bool) -> bool:
+        """Whether a recording is worth its time, after so many conversations that had to do without.
+
+        Of many messages one is soon unlike those that were recorded.
+        """
+        wanted = OFTEN * PATIENCE ** len(self._shapes.get(key, ())) if long else OFTEN
         seen = self._seen.pop(hash(key), 0) + 1
-        self._seen[hash(key)] = seen if seen < 0 else seen % OFTEN
+        self._seen[hash(key)] = seen if seen < 0 else seen % wanted
         if len(self._seen) > KNOWN:
             self._seen.popitem(last=False)
-        return seen == OFTEN
+        return seen == wanted
 
     def _learn(self, key: Any, shape: Recording | None) -> None:
         recordings = self._shapes.pop(key, [])
@@ -162,14 +171,18 @@ class Shapes:
     ) -> Recording | None:
         """The shape of a conversation; None where another one of its shape may be rendered in another way."""
         if sum(map(_length, _shape_of(messages, tools, variables)[1])) > LONGEST_TEXT:
-            return None  # recordings keep it
+            return None  # recording holds all its sums
         asked = dict.fromkeys((world.count, world.prompt) for world in worlds)
         given = {**self._constants, **variables}
         if len(messages) <= SMALL:
             return recorded(written_alone, self._sandbox, self._template, messages, asked, tools, given)
         if self._together is None:
             sandbox = TogetherSandbox(self._clock, self._sandbox.meter.bounds)
-            self._together = sandbox, sandbox.load(self._text)
+            sandbox.meter.start()
+            try:
+                self._together = sandbox, sandbox.load(self._text)
+            except _NOT_COMPILED:
+                return None
         return recorded(written_together, *self._together, messages, asked, tools, given)
 
 

@@ -22,8 +22,6 @@ from chatloss.traced.worlds import Worlds
 
 __all__ = ["TogetherSandbox", "written_together"]
 
-_ODD = (Varied, Symbol)
-
 
 class _Generator(Generator):
     varies = "in V"
@@ -53,15 +51,18 @@ class SymbolWorlds(Worlds):
         """``function(value)``, or that of each facet of a varied value that is no list of messages."""
         if type(value) is not Varied:
             return function(value)
-        if value.items is not None or not any(type(one) is Symbol for _, one in self.seen(value)):
-            return value
-        return super().lift(function, value)
+        return super().lift(function, value) if self._holds_symbols(value) else value
+
+    def _holds_symbols(self, value: Any) -> bool:
+        """Whether it is a symbol in any of the worlds."""
+        if type(value) is not Varied:
+            return type(value) is Symbol
+        return value.items is None and any(type(one) is Symbol for _, one in self.seen(value))
 
     def tested(self, test: Callable[..., bool], *args: Any) -> Any:
         if not any(type(value) is Varied for value in args):
             return self._asked(test, *args)
-        if any(type(value) is Varied and any(type(one) is Symbol for _, one in self.seen(value))
-               for value in args if type(value) is Varied and value.items is None) or Symbol in map(type, args):
+        if any(map(self._holds_symbols, args)):
             return super().lift(partial(self._asked, test), *args)
         return super().tested(test, *args)
 
@@ -148,7 +149,7 @@ class TogetherSandbox(TracedSandbox, RecordingSandbox):
     """A sandbox whose templates render all worlds of a conversation at once, and record what they do with symbols."""
 
     code_generator_class = _Generator
-    varied: Any = frozenset(_ODD)
+    varied: Any = frozenset((Varied, Symbol))
     new_buffer: Any = SymbolBuffer
     worlds: Any
 
