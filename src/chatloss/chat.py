@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import marshal
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from chatloss.errors import DataError
+from chatloss.frozen import made_quickly
+from chatloss.kept import Kept
 from chatloss.values import check_json, checked_text, is_text, kind_of, parse_json, shown
 
 __all__ = ["Conversation", "Label", "Message", "Preference", "Text", "ToolCall", "plain_message", "split_think",
@@ -22,6 +25,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 T = TypeVar("T")
 
 
+@made_quickly
 @dataclass(frozen=True, slots=True)
 class ToolCall:
     """One call that an assistant message makes. `arguments` is an object, or a string as the data had it."""
@@ -35,6 +39,7 @@ class ToolCall:
         return {**call, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
+@made_quickly
 @dataclass(frozen=True, slots=True)
 class Message:
     """One message. `content` is a string, a tuple of typed text parts, or None (an assistant that only calls tools).
@@ -89,10 +94,10 @@ class Message:
         """
         if (plain := plain_message(data)) is not None:
             return plain
-        if type(data) is dict and data.keys() == _CALLING and type(data["role"]) is str and (
-            data["role"] == "assistant" and type(data["tool_calls"]) is list and data["tool_calls"]
+        if type(data) is dict and data.keys() <= _CALLING and type(calls := data.get("tool_calls")) is list and (
+            calls and type(role := data.get("role")) is str and role == "assistant"
         ):
-            return cls("assistant", _content(data["content"], f"{where}.content"), None, _tool_calls(data, where))
+            return cls("assistant", _content(data.get("content"), f"{where}.content"), None, _tool_calls(data, where))
         if not isinstance(data, Mapping):
             raise DataError(f"a message must be an object, not {kind_of(data)}", where=where, hint=_FORM)
         role, here = data.get("role"), f"{where}.role"
@@ -118,6 +123,7 @@ class Message:
         )
 
 
+@made_quickly
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """Messages with the tools and template arguments they are rendered with. `source` is ``file:row`` (1-based row).
@@ -185,7 +191,7 @@ def plain_message(data: object) -> Message | None:
     """The message that most are: a role of the usual ones and a text. None for all else, which needs a closer look."""
     if type(data) is dict and len(data) == 2:
         role, content = data.get("role"), data.get("content")
-        if type(content) is str and type(role) is str and role in ROLES and is_text(content):
+        if type(content) is str and type(role) is str and role in ROLES and (content.isascii() or is_text(content)):
             return Message(role, content)
     return None
 
@@ -203,6 +209,7 @@ def split_think(text: str) -> tuple[str | None, str]:
     return reasoning, answer
 
 
+_SEEN = Kept()  # tools that many chats have, and that are known to be JSON
 _CALLING = {"role", "content", "tool_calls"}  # the keys of most messages with calls
 _FORM = 'expected {"role": "user", "content": "..."} objects'
 _CALLS = 'expected [{"type": "function", "function": {"name": "...", "arguments": {...}}}]'
@@ -322,11 +329,19 @@ def tools_of(value: object) -> tuple[Mapping[str, Any], ...] | None:
         value = parse_json(value, "tools") if value.strip() else []
     if type(value) is not list and (isinstance(value, str | Mapping) or not isinstance(value, Sequence)):
         raise DataError(f"tools must be a list, not {kind_of(value)}", where="tools", hint="give JSON schemas")
+    try:
+        form = marshal.dumps(value, 2)  # type: ignore[arg-type]  # which tells a tuple from a list, and 1 from true
+    except ValueError:
+        form = b""  # a kind of value that JSON does not give
+    seen = form in _SEEN.texts
     tools = []
     for i, tool in enumerate(value):
         parsed = parse_json(tool, f"tools[{i}]") if isinstance(tool, str) else tool
         if type(parsed) is not dict and not isinstance(parsed, Mapping):
             raise DataError(f"a tool must be an object, not {kind_of(parsed)}", where=f"tools[{i}]", hint=_TOOLS)
-        check_json(parsed, f"tools[{i}]")
+        if not seen:
+            check_json(parsed, f"tools[{i}]")
         tools.append(dict(parsed))
+    if form and not seen:
+        _SEEN.keep(form, "")
     return tuple(tools) or None

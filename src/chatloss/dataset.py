@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
-from chatloss.columns import SPANS, Part, parts_of, schema, table
+from chatloss.columns import SPANS, Part, compressed, parts_of, schema, table
 from chatloss.errors import DataError
 from chatloss.folders import Folder, file_size, is_uri
 from chatloss.manifest import MANIFEST, Counts, differences, fingerprints, read_manifest
@@ -50,7 +50,7 @@ class ShardWriter:
         self._waiting: list[Part] = []
         self._tokens = 0
         self._file = pq.ParquetWriter(
-            path, self.schema, compression="zstd", compression_level=1,
+            path, self.schema, **compressed(self.schema),
             use_dictionary=["file", "side", "outcome", "untrained"],
             write_page_checksum=True, write_statistics=["conversation"] if export == "rows" else False,
         )

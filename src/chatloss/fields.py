@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from chatloss.chat import Message, ToolCall, split_think
+from chatloss.frozen import made_quickly
 from chatloss.sample import Reason
 
 __all__ = ["Field", "Missing", "common_prefix", "fields_of", "locate", "present", "reasons", "spellings"]
@@ -19,6 +20,7 @@ SHORT = 16
 _CLOSING = re.compile(r"\s*</[^<>]*>\s*")
 
 
+@made_quickly
 @dataclass(frozen=True, slots=True)
 class Field:
     """A part of an answer. Each of `pieces` must occur, in one of its spellings; texts are one piece.

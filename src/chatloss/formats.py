@@ -309,10 +309,10 @@ def _answer(row: Mapping[str, Any], key: str) -> tuple[Message, ...]:
 
 
 def _chat(row: Mapping[str, Any], source: str) -> Conversation:
-    key = next((key for key in LIST_KEYS if row.get(key) is not None), None)
-    if key is None:
-        raise _missing(row, "messages")
-    return _conversation(row, _messages(row, key), source)
+    for key in LIST_KEYS:
+        if row.get(key) is not None:
+            return _conversation(row, _messages(row, key), source)
+    raise _missing(row, "messages")
 
 
 def _alpaca(row: Mapping[str, Any], source: str) -> Conversation:

@@ -116,16 +116,17 @@ class LazySample(Sample):
     ) -> LazySample:
         """A row whose spans are known to partition it. `base`: as (base, n_ids, n_spans)."""
         made = cls.__new__(cls)
-        _put(made, "ids", ids)
-        _put(made, "strip", strip)
-        _put(made, "outcomes", outcomes)
-        _put(made, "source", source)
-        _put(made, "untrained", untrained)
-        _put(made, "decode", decode)
         begun, n_ids, n_spans = base or (None, 0, 0)
-        _put(made, "base", begun)
-        _put(made, "n_ids", n_ids)
-        _put(made, "n_spans", n_spans)
+        set_ids, set_strip, set_base, set_n_ids, set_n_spans, set_outcomes, set_source, set_untrained, set_decode = _SET
+        set_ids(made, ids)
+        set_strip(made, strip)
+        set_base(made, begun)
+        set_n_ids(made, n_ids)
+        set_n_spans(made, n_spans)
+        set_outcomes(made, outcomes)
+        set_source(made, source)
+        set_untrained(made, untrained)
+        set_decode(made, decode)
         return made
 
     def __post_init__(self) -> None:
@@ -168,3 +169,7 @@ class LazySample(Sample):
 
 # Where a sample keeps what its constructor was given.
 _IDS, _SPANS = (vars(Sample)[name] for name in ("input_ids", "spans"))
+# What sets a slot, twice as fast as by its name.
+_SET: Any = [getattr(LazySample, name).__set__ for name in (
+    "ids", "strip", "base", "n_ids", "n_spans", "outcomes", "source", "untrained", "decode",
+)]

@@ -10,6 +10,7 @@ stop, and none is the beginning of one.
 from __future__ import annotations
 
 import hashlib
+import marshal
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Mapping
@@ -21,6 +22,7 @@ import orjson
 
 from chatloss.chat import Conversation, Message, ToolCall
 from chatloss.fields import spellings
+from chatloss.kept import Kept
 from chatloss.reference import Rendering, Stops
 from chatloss.template import ChatTemplate
 
@@ -116,6 +118,7 @@ class Controls:
         self._heads = frozenset(text[:n] for text in texts for n in range(1, len(text)))
         self._firsts = tuple(sorted({text[0] for text in texts}))
         self._reach = max(map(len, self._heads), default=1)
+        self._of_tools = Kept()  # whether tools may hold one
 
     def found(self, conversation: Conversation, arguments: str) -> list[Found]:
         """The first control string of every text, and those put together of texts that follow each other.
@@ -166,10 +169,18 @@ class Controls:
         if not tools:
             return False
         try:
-            shown = orjson.dumps(tools).decode()
-        except TypeError:  # integers beyond 64 bits
-            return True
-        return any(start in shown for start in self._json_starts)
+            form = marshal.dumps(tools, 2)
+        except ValueError:
+            form = b""
+        if (known := self._of_tools.texts.get(form)) is None:
+            try:
+                shown = orjson.dumps(tools).decode()
+                known = "yes" if any(start in shown for start in self._json_starts) else "no"
+            except TypeError:  # integers beyond 64 bits
+                known = "yes"
+            if form:
+                self._of_tools.keep(form, known)
+        return known == "yes"
 
     def _is_shown(self, path: list[str | int], conversation: Conversation) -> bool:
         """Whether the template may write it: what a row keeps beside its messages is often meant for others."""

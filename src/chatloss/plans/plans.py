@@ -10,6 +10,7 @@ import numpy as np
 
 from chatloss.chat import Message
 from chatloss.encoding import Encoding
+from chatloss.frozen import made_quickly
 from chatloss.plans.placed import Draft, Placed, placed
 from chatloss.plans.reading import row_plan
 from chatloss.plans.rows import RowPlan, wishes
@@ -28,6 +29,7 @@ LONG_TRIES = 3  # of more than `SMALL` messages, where a try takes as long as se
 SAMPLE = 256  # of so many conversations with rows by plan, one is to be compared
 
 
+@made_quickly
 @dataclass(frozen=True, slots=True)
 class Planned:
     """A conversation of which a plan has said what is to be encoded.
