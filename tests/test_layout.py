@@ -16,12 +16,11 @@ import chatloss
 PACKAGE = Path(chatloss.__file__).parent
 # Imports only ever point upward in this list.
 ORDER = [
-    "errors", "frozen", "kept", "values", "chat", "sample", "lazy", "policy",
-    "formats", "streams", "tables", "folders", "reader", "meter", "tojson", "sandbox", "traced", "shapes", "stops",
-    "template", "fields", "reference", "typed", "places", "cuts", "tokens", "load", "remembered", "fast_tokens", "literal", "rows", "paint", "straight",
-    "encoding", "plans", "window", "encode",
-    "markers", "pairs", "pipeline",
-    "reduction", "pack", "batch", "manifest", "columns", "dataset", "shards", "runners", "prepare", "cluster",
+    "errors", "frozen", "kept", "values", "chat", "sample", "lazy", "policy", "formats", "streams", "tables",
+    "folders", "reader", "meter", "tojson", "sandbox", "traced", "shapes", "stops", "template", "fields", "reference",
+    "typed", "places", "cuts", "tokens", "load", "remembered", "fast_tokens", "literal", "rows", "paint", "straight",
+    "encoding", "plans", "window", "encode", "markers", "pairs", "pipeline", "reduction", "pack", "batch", "manifest",
+    "columns", "dataset", "shards", "runners", "prepare", "cluster",
     # torch starts here
     "loss", "config", "parallel", "step", "attention", "models", "checkpoint", "log", "evaluate", "objective",
     "answers", "references", "preference", "kto", "objectives", "trainer", "verify",

@@ -167,7 +167,7 @@ def test_a_condition_that_is_not_kept_is_noticed(monkeypatch: pytest.MonkeyPatch
     for _ in range(4):
         before = planned(made, reworded(messages, 0.0, chance))
     assert before
-    monkeypatch.setattr(shape_rows, "_is", lambda *_: True)
+    monkeypatch.setattr(shape_rows, "_as_told", lambda *_: True)
     with pytest.raises(AssertionError):
         for word in (*LONGER, *WORDS):
             planned(made, [user(word), answer("The answer"), user("And?"), answer("Five.")])
@@ -193,7 +193,7 @@ def test_a_plan_is_not_made_of_a_lucky_chat() -> None:
                 answer("end")]
     planned(made, messages)
     planned(made, messages)
-    assert made._plans is not None and not len(made._plans._plans)
+    assert made._plans is not None and not [one for one in made._plans._tried.values() if one.plan]
     for _ in range(4):
         planned(made, reworded(messages, 0.0, chance))
 
@@ -212,10 +212,10 @@ def test_plans_end_with_their_recordings() -> None:
     for _ in range(4):
         planned(made, reworded(SHAPES["plain"][0], 0.0, chance))
     known, plans_of = made.template._local.shapes["default"], made._plans
-    assert known is not None and plans_of is not None and len(plans_of._plans) == 1
+    assert known is not None and plans_of is not None and len(plans_of._tried) == 1
     known._shapes.clear()
     gc.collect()
-    assert not len(plans_of._plans) and not len(plans_of._worth)
+    assert not len(plans_of._tried)
 
 
 def test_no_trace_no_plans() -> None:
@@ -267,7 +267,7 @@ def test_rows_whose_turns_a_longer_row_has_are_not_planned_where_it_is_shorter()
 
     before = [planned(made, chat("I know it now."), [conformance.LOOKUP]) for _ in range(6)][-1]
     assert before >= 2 and made._plans is not None
-    plan, = made._plans._plans.values()
+    plan, = (one.plan for one in made._plans._tried.values())
     assert isinstance(plan, shape_rows.RowPlan) and plan.longer
     assert planned(made, chat("It takes a while to say" * 20), [conformance.LOOKUP]) == before
     plan.longer = ()

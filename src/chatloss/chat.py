@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from chatloss.errors import DataError
 from chatloss.frozen import made_quickly
 from chatloss.kept import Kept
-from chatloss.values import check_json, checked_text, is_text, kind_of, parse_json, shown
+from chatloss.values import check_json, checked_text, is_json, is_text, kind_of, parse_json, shown
 
 __all__ = ["Conversation", "Label", "Message", "Preference", "Text", "ToolCall", "plain_message", "split_think",
            "tools_of"]
@@ -293,7 +293,18 @@ def _tool_calls(data: Mapping[str, Any], where: str) -> tuple[ToolCall, ...]:
         raise DataError(f"tool_calls must be a list, not {kind_of(calls)}", where=here, hint=_CALLS)
     if calls and old:
         raise DataError("a message has tool_calls or function_call, not both", where=here, hint="keep tool_calls")
-    return old or tuple(_tool_call(call, f"{here}[{i}]") for i, call in enumerate(calls or ()))
+    return old or tuple([_plain_call(call) or _tool_call(call, f"{here}[{i}]") for i, call in enumerate(calls or ())])
+
+
+def _plain_call(value: object) -> ToolCall | None:
+    """The call that most are. None for all else, which needs a closer look."""
+    if type(value) is dict and type(function := value.get("function")) is dict:
+        name, arguments, own = function.get("name"), function.get("arguments"), value.get("id")
+        if type(name) is str and name and is_text(name) and type(arguments) is dict and is_json(arguments) and (
+            own is None or (type(own) is str and is_text(own))
+        ):
+            return ToolCall(name, arguments, own)
+    return None
 
 
 def _tool_call(value: object, where: str) -> ToolCall:

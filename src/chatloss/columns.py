@@ -99,16 +99,20 @@ _part = partial(tuple.__new__, Part)  # twice as fast as calling it
 def parts_of(conversation: int, rows: Sequence[tuple[str, Sample]], export: str) -> list[Part]:
     """All (side, row) of one conversation, pair or judged answer. Labels share nothing: others read them."""
     last = rows[-1][1]
-    whole = last.input_ids, _strip(last)
+    whole = _ids(last), _strip(last)
     found = []
     for i, (side, row) in enumerate(rows, 1):
         turns = (row.outcomes, row.untrained)
         if i == len(rows) or export != "rows":
-            found.append(_part((conversation, side, row.source, 0, row.input_ids, 0, _strip(row), turns)))
+            found.append(_part((conversation, side, row.source, 0, _ids(row), 0, _strip(row), turns)))
             continue
         alike = turns == (last.outcomes, last.untrained)
         found.append(_part((conversation, side, row.source, *_rest(row, last, *whole), None if alike else turns)))
     return found
+
+
+def _ids(row: Sample) -> Ids:
+    return row.ids if isinstance(row, LazySample) and row.base is None else row.input_ids
 
 
 def _strip(row: Sample) -> Strip:
@@ -189,7 +193,8 @@ def _label_columns(parts: Sequence[Part], spans: _Spans, schema: Any) -> dict[st
 
 
 def _columns(parts: Sequence[Part], spans: _Spans, schema: Any) -> dict[str, Any]:
-    places = [part.source.removesuffix(f" {part.side}").rpartition(":") for part in parts]
+    sources = [part.source.removesuffix(f" {part.side}") if part.side else part.source for part in parts]
+    places = [source.rpartition(":") for source in sources]
     flat: dict[str, npt.NDArray[Any]] = {
         "row": np.array([int(row) for *_, row in places], np.int64),
         "conversation": np.array([part.conversation for part in parts], np.int32),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from chatloss.errors import DataError
+from chatloss.frozen import made_quickly
 from chatloss.reference import Turn
 from chatloss.sample import Sample
 
@@ -30,6 +31,7 @@ class Problem:
         return DataError(self.detail, where=self.where(source), hint=self.remedy, kind=self.cause)
 
 
+@made_quickly
 @dataclass(frozen=True, slots=True)
 class Encoding:
     """All that encoding found out about a conversation: its rows, the outcome of every turn, and the problems.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import accumulate
@@ -25,7 +25,7 @@ from chatloss.cuts import overlaps, steps
 from chatloss.errors import TokenizerError, UsageError
 from chatloss.load import Loaded
 from chatloss.remembered import remember, remembered
-from chatloss.tokens import NOTHING, Encoded, FastTokens
+from chatloss.tokens import NOTHING, Encoded, FastTokens, Ids
 
 __all__ = ["ENCODERS", "FlatTokens", "Unequal", "loaded_with"]
 
@@ -110,48 +110,85 @@ class FlatTokens(FastTokens):
         found = self._flat(texts)
         if found is None:
             return super().encode_each(texts)
+        ids, firsts = found[0].ids, found[1]
+        self._sampled(texts, lambda k: self._placed(
+            texts[k], ids[firsts[k] : firsts[k + 1]], None if texts[k].isascii() else texts[k].encode()))
+        return found
+
+    def _sampled(self, texts: Sequence[str], made: Callable[[int], Encoded]) -> None:
+        """Now and then compare what was `made` of one of the texts, by its number, with what the reference makes."""
         self._encoded += sum(map(len, texts))
         if self._encoded > self._next_sample:
-            tails, k = found[0], self._encoded % len(texts)
-            assert tails.starts is not None and tails.ends is not None
-            first, last = found[1][k : k + 2]
-            begin = np.int32(sum(map(len, texts[:k])))
-            own = Encoded(tails.ids[first:last], tails.starts[first:last] - begin, tails.ends[first:last] - begin)
-            self._compare(texts[k], own)
+            k = self._encoded % len(texts)
+            self._compare(texts[k], made(k))
             self._next_sample = self._encoded + SAMPLE * len(texts[k])
-        return found
+
+    def encode_at(
+        self, texts: Sequence[str], chars: npt.NDArray[np.int32], counts: npt.NDArray[np.intp]
+    ) -> tuple[Ids, list[int], npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+        """The ids of texts that are encoded alone, and where those of each begin; and for each of `chars`, of which so
+        many `counts` are of each text, the first token that starts at or after it, and the first that holds any of it.
+        """
+        found = self._bytes(texts)
+        if found is None:
+            made, firsts = super().encode_each(texts)
+            assert made.starts is not None and made.ends is not None
+            begins = np.array([0, *accumulate(map(len, texts))][:-1], np.int32)
+            wanted = chars + begins.repeat(counts)
+            return made.ids, firsts, made.starts.searchsorted(wanted), made.ends.searchsorted(wanted, "right")
+        ids, firsts, ends, begins, encoded = found
+        wanted, last = chars.copy(), counts.cumsum()
+        for k, data in enumerate(encoded):
+            if data is not None:  # where characters begin, which a token that holds a part of one counts as holding
+                own = slice(last[k] - counts[k], last[k])
+                wanted[own] = _begins(data)[wanted[own]]
+        wanted += begins.repeat(counts)
+        # A token starts where the one before it ends.
+        starting, holding = ends.searchsorted(wanted) + (wanted > 0), ends.searchsorted(wanted, "right")
+        self._sampled(texts, lambda k: self._placed(texts[k], ids[firsts[k] : firsts[k + 1]], encoded[k]))
+        return ids, firsts, starting, holding
 
     def _flat(self, texts: Sequence[str]) -> tuple[Encoded, list[int]] | None:
         """As `encode_each`, with offsets from the sizes of tokens; None where these do not add up to the texts'."""
         text = "".join(texts)
         if not text:
             return NOTHING, [0] * (len(texts) + 1)
-        if self._unlike and any(part in text for part in self._unlike):
+        found = self._bytes(texts)
+        if found is None:
             return None
-        plain, size = text.isascii(), len(text)
-        if not plain:
-            if self._composes and not unicodedata.is_normalized("NFC", text):
-                return None
-            data = np.frombuffer(text.encode(), np.uint8)
-            size = len(data)
-        found, bounds = self._fast.encode_batch_flat(texts)
-        ids = np.frombuffer(found, np.int32)
+        ids, firsts, *_ = found
+        return self._placed(text, ids, None if text.isascii() else text.encode()), firsts
+
+    def _placed(self, text: str, ids: Ids, data: bytes | None) -> Encoded:
+        """The tokens of a text. `data`: the text in UTF-8, None where each character takes one byte."""
         sizes = self._sizes.take(ids)
         ends: npt.NDArray[np.int32] = sizes.cumsum(dtype=np.int32)
-        if not len(ends) or ends[-1] != size:
-            return None
-        firsts = [0, len(ids)]
-        if len(texts) > 1:
-            lasts = np.frombuffer(bounds, np.int64)
-            firsts = lasts.tolist()
-            lengths = [len(text if plain else text.encode()) for text in texts]
-            if ends[lasts[1:] - 1].tolist() != list(accumulate(lengths)):
-                return None
         starts = ends - sizes
-        if not plain:  # a token that holds a part of a character counts as holding it
-            begun = ((data & 0xC0) != 0x80).cumsum(dtype=np.int32)
+        if data is not None:  # a token that holds a part of a character counts as holding it
+            begun = ((np.frombuffer(data, np.uint8) & 0xC0) != 0x80).cumsum(dtype=np.int32)
             starts, ends = begun[starts] - np.int32(1), begun[ends - 1]
-        return Encoded(ids, starts, ends), firsts
+        return Encoded(ids, starts, ends)
+
+    def _bytes(self, texts: Sequence[str]) -> tuple[Ids, list[int], Ids, Ids, list[bytes | None]] | None:
+        """The ids of texts; where those of each begin; at which byte of all texts each token ends, and where each text
+        begins; and the texts in UTF-8, None for those of which each character takes one byte.
+
+        None where the sizes of the tokens do not add up to the texts', or the library would not encode alike.
+        """
+        encoded = [None if text.isascii() else text.encode() for text in texts]
+        if self._unlike and any(part in text for part in self._unlike for text in texts):
+            return None
+        if self._composes and not all(
+            data is None or unicodedata.is_normalized("NFC", text) for text, data in zip(texts, encoded, strict=True)
+        ):
+            return None
+        found, bounds = self._fast.encode_batch_flat(texts)
+        ids, lasts = np.frombuffer(found, np.int32), np.frombuffer(bounds, np.int64)
+        ends: npt.NDArray[np.int32] = self._sizes.take(ids).cumsum(dtype=np.int32)
+        sizes = np.array([len(text if data is None else data) for text, data in zip(texts, encoded, strict=True)])
+        if not len(ends) or not np.array_equal(sizes.cumsum(), ends[lasts[1:] - 1]):
+            return None
+        return ids, lasts.tolist(), ends, ends[lasts[1:] - 1] - sizes.astype(np.int32), encoded
 
     def _compare(self, text: str, found: Encoded | None) -> None:
         wanted = super()._alone(text)
@@ -159,6 +196,11 @@ class FlatTokens(FastTokens):
             pairs = ((wanted.ids, found.ids), (wanted.starts, found.starts), (wanted.ends, found.ends))
             if not all(np.array_equal(a, b) for a, b in pairs):  # type: ignore[arg-type]
                 raise Unequal(text)
+
+
+def _begins(data: bytes) -> npt.NDArray[np.intp]:
+    """At which byte each character of a text in UTF-8 begins, and where the last one ends."""
+    return np.append(np.flatnonzero((np.frombuffer(data, np.uint8) & 0xC0) != 0x80), len(data))
 
 
 def loaded_with(loaded: Loaded, encoder: str, note: Any = None) -> Loaded:

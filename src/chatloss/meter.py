@@ -67,7 +67,7 @@ class Meter:
 
     def spend(self, value: Any) -> Any:
         """`value`, newly made: its memory is counted."""
-        if isinstance(value, str | bytes):
+        if type(value) is str or isinstance(value, str | bytes):
             self.at_most(len(value))
             self.built += value.__sizeof__()
         elif isinstance(value, list | tuple | dict):
@@ -79,7 +79,7 @@ class Meter:
 
     def each(self, iterable: Iterable[Any], cost: int = 1) -> Iterable[Any]:
         """`iterable`, each item counted. Sized inputs stay as they are, so `loop.length` needs no second pass."""
-        if isinstance(iterable, list | tuple | dict | str):
+        if type(iterable) is list or isinstance(iterable, list | tuple | dict | str):
             # Counted when the loop starts: a `break` may leave some of them unused, which only errs on the safe side.
             self.tick((len(iterable) + 1) * cost)
             return iterable
@@ -94,7 +94,10 @@ class Meter:
 
     def weighed(self, value: Any) -> Any:
         """`value`, after the steps that reading, comparing or hashing all of it takes."""
-        if isinstance(value, str | bytes):
+        kind = type(value)
+        if kind is dict or kind is list:
+            self.size(value)
+        elif kind is str or isinstance(value, str | bytes):
             self.tick(len(value) >> 8)
         elif isinstance(value, range):
             self.tick(len(value) >> 2)

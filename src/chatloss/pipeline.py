@@ -12,6 +12,7 @@ from chatloss.chat import Conversation, Label, Preference, Text
 from chatloss.encode import ChatEncoder, Encoding
 from chatloss.errors import ChatlossError, DataError
 from chatloss.formats import Row
+from chatloss.frozen import made_quickly
 from chatloss.markers import Markers, encode_text
 from chatloss.pairs import Answer, Pair, answers_of, examine_judged, examine_pair, judged, pair_of, sides
 from chatloss.reader import Reader
@@ -22,6 +23,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
+@made_quickly
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """One conversation (None for plain text) with what the encoder made of it.
@@ -74,9 +76,10 @@ def records(
     """
 
     def judged(row: Row, record: list[Encoded]) -> list[list[Encoded]]:
-        fatal = next((p.error(e.source or row.source) for e in record for p in e.encoding.problems if p.fatal), None)
-        if strict and fatal is not None:
-            raise fatal
+        for made in record if strict else ():
+            for problem in made.encoding.problems:
+                if problem.fatal:
+                    raise problem.error(made.source or row.source)
         return [record]
 
     def made(row: Row) -> list[list[Encoded]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from chatloss.chat import Conversation, Message
@@ -144,15 +144,13 @@ class Rendering:
         self._swapped: list[tuple[int, Message, str | None]] = []
         self._places: dict[tuple[int, int, bool, str, str], tuple[int, int] | Missing | None] = {}
         self._made: dict[Callable[[Rendering], Any], Any] = {}
-
-    @cached_property
-    def messages(self) -> list[dict[str, Any]]:
+        self.fields: Mapping[int, list[Field]] = _Fields(conversation.messages)  # of every message, by its index
         text = self.forms[0] != "parts"
-        return [
+        self.messages: list[dict[str, Any]] = [
             {"role": one.role, "content": one.content}  # the usual
             if text and type(one.content) is str and not (one.tool_calls or one.extra)
             and one.reasoning is one.tool_call_id is one.name is None
-            else engine_message(one, *self.forms) for one in self.conversation.messages
+            else engine_message(one, *self.forms) for one in conversation.messages
         ]
 
     def text(self, count: int, prompt: bool = False) -> str | None:
@@ -229,11 +227,6 @@ class Rendering:
     def prompt(self, index: int) -> str | None:
         """What an engine holds before message `index`: an assistant's prompt ends in the generation prompt."""
         return self.text(index, self.conversation.messages[index].role == "assistant")
-
-    @cached_property
-    def fields(self) -> Mapping[int, list[Field]]:
-        """The fields of every message, by its index."""
-        return _Fields(self.conversation.messages)
 
     def once(self, make: Callable[[Rendering], T]) -> T:
         """What `make` makes of this rendering, made once: what the rows of a conversation have in common."""

@@ -168,6 +168,7 @@ class _EscapeFormatter(_Formatter, EscapeFormatter):
 
 
 # Filters that read all of their input at once: an iterator is read here, counted, and handed on as a list.
+_COLLECTIONS = frozenset((str, dict, list, tuple))
 _EAGER = frozenset("join list sum sort unique min max groupby batch slice reverse last string pprint".split())
 # Filters that do not look into their input.
 _SHALLOW = frozenset("map select reject selectattr rejectattr first default d attr length count items safe".split())
@@ -323,16 +324,21 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def _before(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> None:
         """Count what filter `name` is about to do with `args`, the first of which is what it filters."""
         meter, value = self.meter, args[0] if args else None
-        if isinstance(value, Iterator):
+        if name == "tojson" and type(value) is dict and len(args) == 1 and not kwargs:  # the usual
+            meter.size(value)
+            return
+        plain = type(value) in _COLLECTIONS  # which is known sooner than it is asked
+        if not plain and isinstance(value, Iterator):
             args[0] = value = list(meter.each(value)) if name in _EAGER else meter.each(value)
         if name not in _SHALLOW:
             for given in (*args, *kwargs.values()):
                 meter.weighed(given)
-        if isinstance(value, Collection):
-            meter.tick(len(value) >> 4)
+        if plain or isinstance(value, Collection):
+            meter.tick(len(value) >> 4)  # type: ignore[arg-type]
         at, width = _WIDTHS.get(name, (len(args), ""))
         wide = args[at] if at < len(args) else kwargs.get(width)
-        meter.widths([wide])
+        if wide is not None:
+            meter.widths([wide])
         if name == "indent" and isinstance(wide, str) and isinstance(value, str):
             meter.at_most(len(value) + len(wide) * value.count("\n"))
         elif name == "format":

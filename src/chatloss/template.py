@@ -193,7 +193,13 @@ class ChatTemplate:
     ) -> tuple[Recording, tuple[str, ...]] | None:
         """The recording that `render_all` would use for a conversation, and the texts of its pieces; None if none."""
         shapes = self._local.shapes.get(self.select(tools)[0])
-        return None if shapes is None else shapes.recall([_aliased(message) for message in messages], tools, kwargs)
+        if shapes is None:
+            return None
+        own = [
+            one if len(one) == 2 and type(one.get("role")) is type(one.get("content")) is str else _aliased(one)
+            for one in messages
+        ]
+        return shapes.recall(own, tools, kwargs)
 
     def _check(
         self, found: list[str | TemplateError | None], alone: Callable[[int], str | TemplateError], still: bool,

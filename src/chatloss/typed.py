@@ -148,9 +148,13 @@ class Controls:
         """Whether no text of the messages holds so much as the first character of a control string."""
         shown: list[str] = []
         for one in conversation.messages:
-            if one.extra or not isinstance(one.content, str | None):
+            if type(one.content) is str:
+                shown.append(one.content)
+            elif one.content is not None:
                 return False
-            shown += one.content or "", one.reasoning or "", one.tool_call_id or "", one.name or ""
+            if one.extra:
+                return False
+            shown += [text for text in (one.reasoning, one.tool_call_id, one.name) if text]
             for call in one.tool_calls:
                 given = call.arguments
                 if not isinstance(given, str):

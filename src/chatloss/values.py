@@ -12,7 +12,7 @@ import jiter
 
 from chatloss.errors import DataError
 
-__all__ = ["check_json", "checked_text", "is_text", "kind_of", "parse_json", "shown"]
+__all__ = ["check_json", "checked_text", "is_json", "is_text", "kind_of", "parse_json", "shown"]
 
 _KINDS = {"NoneType": "null", "dict": "an object", "list": "a list", "str": "a string", "bool": "a boolean"}
 _KINDS |= {"int": "an integer", "float": "a number"}
@@ -88,11 +88,11 @@ def is_text(value: str) -> bool:
 
 def check_json(value: object, where: str) -> None:
     """Plain JSON values only, of bounded depth: what a template may be shown."""
-    if not _is_json(value):
+    if not is_json(value):
         _find_fault(value, where)
 
 
-def _is_json(value: object) -> bool:
+def is_json(value: object) -> bool:
     """Whether `value` is surely fine, looked at level by level: most values are, and need no account of places."""
     texts: list[Any] = []
     level: list[Any] = [value]

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from chatloss.tokens import FastTokens, Ids
+from chatloss.fast_tokens import FlatTokens
+from chatloss.tokens import Ids
 
 __all__ = ["Cut", "Draft", "Layout", "Placed", "placed"]
 
@@ -84,22 +85,20 @@ class Placed(NamedTuple):
     begin: int
 
 
-def placed(drafts: Sequence[Draft], tokens: FastTokens) -> list[Placed | None]:
+def placed(drafts: Sequence[Draft], tokens: FlatTokens) -> list[Placed | None]:
     """All `drafts` encoded; None for those in which something does not hold."""
     if not drafts:
         return []
     layouts = [draft.layout for draft in drafts]
-    encoded, found = tokens.encode_each([draft.text for draft in drafts])
-    assert encoded.starts is not None and encoded.ends is not None
-    firsts, counts = np.array(found), np.array([layout.count for layout in layouts])
+    counts = np.array([layout.count for layout in layouts])
     base = counts.cumsum() - counts
-    begins = np.array([0, *accumulate(len(draft.text) for draft in drafts)][:-1], np.int32)
     sizes = np.array([len(draft.marks) for draft in drafts])
     marks = np.fromiter(chain.from_iterable([draft.marks for draft in drafts]), np.int32, int(sizes.sum()))
     which = (sizes.cumsum() - sizes).repeat(counts) + np.concatenate([layout.marks for layout in layouts])
-    chars = marks[which] + np.concatenate([layout.offsets for layout in layouts]) + begins.repeat(counts)
+    chars = marks[which] + np.concatenate([layout.offsets for layout in layouts])
 
-    starting, holding = encoded.starts.searchsorted(chars), encoded.ends.searchsorted(chars, "right")
+    ids, found, starting, holding = tokens.encode_at([draft.text for draft in drafts], chars, counts)
+    firsts = np.array(found)
     loose = np.concatenate([layout.loose for layout in layouts])
     at = np.where(loose == _BEHIND, holding, starting)
     wrong = (starting != holding) & (loose == _FIRM)
@@ -107,11 +106,11 @@ def placed(drafts: Sequence[Draft], tokens: FastTokens) -> list[Placed | None]:
     failed = np.logical_or.reduceat(wrong, base)
     failed |= at[base + [layout.zero for layout in layouts]] != firsts[:-1]
     failed |= at[base + [layout.spans for layout in layouts]] != firsts[1:]
-    _cut(layouts, encoded.ids, at, base, failed)
+    _cut(layouts, ids, at, base, failed)
 
     at -= firsts[:-1].repeat(counts)
-    shared, begin, same = _beside(drafts, encoded.ids, firsts, at, base, failed)
-    places, ids = (at + shared.repeat(counts)).astype(np.int32), encoded.ids
+    shared, begin, same = _beside(drafts, ids, firsts, at, base, failed)
+    places = (at + shared.repeat(counts)).astype(np.int32)
     return [
         None if bad else Placed(ids[first:last], places[end - layout.count : end], known, start)
         for bad, first, last, end, layout, known, start in zip(

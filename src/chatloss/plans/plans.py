@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from chatloss.chat import Message
 from chatloss.encoding import Encoding
+from chatloss.fast_tokens import FlatTokens
 from chatloss.frozen import made_quickly
 from chatloss.plans.placed import Draft, Placed, placed
 from chatloss.plans.reading import row_plan
@@ -19,7 +20,6 @@ from chatloss.reference import Rendering
 from chatloss.sample import Decode, Sample
 from chatloss.shapes.recording import Recording
 from chatloss.shapes.shapes import SMALL
-from chatloss.tokens import FastTokens
 
 __all__ = ["Planned", "RowPlans", "same_encodings", "same_rows"]
 
@@ -64,6 +64,16 @@ class Refused:
         return Encoding([], outcomes, untrained, self.encoding.problems)
 
 
+@dataclass(slots=True)
+class _Tried:
+    """What is known of a recording's plan: how often it served more than not, and whether it is still to be compared.
+    """
+
+    plan: RowPlan | Refused | None = None
+    worth: int = 0
+    new: bool = False
+
+
 class RowPlans:
     """The plans of an encoder, for the recordings of its template. `planned` counts conversations whose rows they gave.
 
@@ -71,12 +81,10 @@ class RowPlans:
     gives none (0: of all).
     """
 
-    def __init__(self, tokens: FastTokens, decode: Decode, *, apart: bool, longest: int = 0) -> None:
+    def __init__(self, tokens: FlatTokens, decode: Decode, *, apart: bool, longest: int = 0) -> None:
         self._spaced = Spaced()
         self._tokens, self._decode, self._apart, self._longest = tokens, decode, apart, longest
-        self._plans: WeakKeyDictionary[Recording, RowPlan | Refused] = WeakKeyDictionary()
-        self._worth: WeakKeyDictionary[Recording, int] = WeakKeyDictionary()
-        self._new: WeakSet[Recording] = WeakSet()
+        self._tried: WeakKeyDictionary[Recording, _Tried] = WeakKeyDictionary()
         self.planned = 0
 
     def known(
@@ -86,7 +94,11 @@ class RowPlans:
 
         If some texts end with space, and the plan for texts without it serves: what is to be encoded.
         """
-        plan, values = self._plans.get(recording), texts[recording.constants :]
+        values = [*texts[recording.constants :]]
+        if [value.strip() for value in values] == values:
+            return recording, texts
+        tried = self._tried.get(recording)
+        plan = tried and tried.plan
         if isinstance(plan, RowPlan) and any(value[-1:].isspace() for value in values):
             bare = [*texts[: recording.constants], *[value.rstrip() for value in values]]
             supple = all(text and i not in plan.stiff for i, text in enumerate(bare) if len(text) < len(texts[i]))
@@ -102,15 +114,16 @@ class RowPlans:
         """What is to be encoded of a conversation; or what is found out about it, and whether that is to be compared
         with what is as ever; None where neither is known.
         """
-        plan = self._plans.get(recording)
-        if plan is None:
+        tried = self._tried.get(recording)
+        if tried is None or tried.plan is None:
             return None
+        plan = tried.plan
         if isinstance(plan, Refused):
             refused = plan.of(rendering.conversation.messages)
-            return None if refused is None else (refused, self._served(recording))
+            return None if refused is None else (refused, self._served(tried))
         drafts = plan.drafts(recording, texts, rendering)
         if drafts is None:
-            self._worth[recording] -= 1
+            tried.worth -= 1
             return None
         return Planned(recording, texts, plan, rendering, drafts)
 
@@ -122,30 +135,30 @@ class RowPlans:
         at, all_rows = 0, []
         for one in begun:
             rows = one.plan.samples(found[at : at + len(one.drafts)], one.rendering, self._decode)
-            if rows is None and one.recording in self._worth:
-                self._worth[one.recording] -= 1
-            if rows is not None and self._longest and max(map(len, rows)) > self._longest:
+            tried = self._tried[one.recording]
+            if rows is None:
+                tried.worth -= 1
+            elif self._longest and max(map(len, rows)) > self._longest:
                 rows = None  # what is cut depends on more than the shape
-            all_rows.append(None if rows is None else (rows, self._served(one.recording)))
+            all_rows.append(None if rows is None else (rows, self._served(tried)))
             at += len(one.drafts)
         return all_rows
 
-    def _served(self, recording: Recording) -> bool:
+    def _served(self, tried: _Tried) -> bool:
         self.planned += 1
-        compared = recording in self._new or self.planned % SAMPLE == 0
-        self._new.discard(recording)
-        if recording in self._worth:
-            self._worth[recording] = min(self._worth[recording] + 1, MOST_WORTH)
+        compared = tried.new or self.planned % SAMPLE == 0
+        tried.new = False
+        tried.worth = min(tried.worth + 1, MOST_WORTH)
         return compared
 
     def learn(
         self, recording: Recording, texts: Sequence[str], rendering: Rendering, encoding: Encoding
     ) -> None:
         """Make a plan of a conversation's encoding, where there is none, or none that serves."""
-        worth, there = self._worth.get(recording, 0), recording in self._plans
+        tried = self._tried.setdefault(recording, _Tried())
         rows, messages = encoding.rows, rendering.conversation.messages
         tries = LONG_TRIES if len(messages) > SMALL else MOST_TRIES
-        if worth >= 0 if there else worth <= -tries:
+        if tried.worth >= 0 if tried.plan is not None else tried.worth <= -tries:
             return
         refused = {turn.index for turn in encoding.turns if _is_refused(recording, turn.index, messages)}
         turns = [turn for turn in encoding.turns if turn.index not in refused]
@@ -164,11 +177,10 @@ class RowPlans:
             if plan is not None and not same_rows(self._by(plan, recording, texts, rendering) or (), rows):
                 plan = None
         if plan is not None:
-            self._plans[recording], self._worth[recording] = plan, FIRST_WORTH
-            self._new.add(recording)
+            tried.plan, tried.worth, tried.new = plan, FIRST_WORTH, True
         else:
-            self._plans.pop(recording, None)
-            self._worth[recording] = worth - 1
+            tried.plan = None
+            tried.worth -= 1
 
     def _by(
         self, plan: RowPlan, recording: Recording, texts: Sequence[str], rendering: Rendering

@@ -146,10 +146,8 @@ class RowPlan:
         messages, bare = rendering.conversation.messages, bare or texts
         if wishes(messages):
             return None
-        for k, reasoning, pieces in self.told:
-            text = messages[k].reasoning if reasoning else messages[k].content
-            if not isinstance(text, str | None) or not _is(text or "", bare, pieces):
-                return None
+        if not _as_told(self.told, messages, bare):
+            return None
         for piece, text in self.unlike:
             if alike(texts[piece], text):
                 return None
@@ -193,17 +191,23 @@ class RowPlan:
         return [made[i] for i in self.order]
 
 
-def _is(text: str, texts: Sequence[str], pieces: Sequence[int]) -> bool:
-    """Whether a text of a message is written as it stands in each of `pieces`, and is none where there are none."""
-    text = text.strip()
-    if not pieces:
-        return not text
-    if not text or text.startswith("<think>"):
-        return False
-    # Twice as fast as a generator.
-    for piece in pieces:  # noqa: SIM110
-        if texts[piece] != text:
+def _as_told(
+    told: Sequence[tuple[int, bool, tuple[int, ...]]], messages: Sequence[Message], texts: Sequence[str]
+) -> bool:
+    """Whether texts of messages are written as they stand in each of the pieces, and none are where there are none."""
+    for k, reasoning, pieces in told:
+        text = messages[k].reasoning if reasoning else messages[k].content
+        if type(text) is str:
+            text = text.strip()
+        elif text is not None:
             return False
+        if not text or not pieces or text.startswith("<think>"):
+            if text or pieces:
+                return False
+            continue
+        for piece in pieces:
+            if texts[piece] != text:
+                return False
     return True
 
 
@@ -219,9 +223,9 @@ def alike(text: str, other: str) -> bool:
 
 def _drafted(row: Row, texts: Sequence[str], bare: Sequence[str], rendering: Rendering) -> Draft | None:
     """A row of a conversation with its places, if all is found where it must be."""
-    parts = [texts[i] for i in row.pieces]
-    text = "".join(parts) + row.tail
-    ends = [*accumulate(map(len, parts), initial=0), len(text)]
+    parts = [*[texts[i] for i in row.pieces], row.tail]
+    text = "".join(parts)
+    ends = [*accumulate(map(len, parts), initial=0)]
     for piece, wanted, (at, offset) in row.found:
         if text.find(bare[wanted], ends[at] + offset) != ends[piece]:
             return None

@@ -32,6 +32,7 @@ LONGEST_SHAPE, LONGEST_NAME, LONGEST_TEXT = 4096, 64, 2**20  # of what is kept f
 _NOT_COMPILED = (
     JinjaError, SyntaxError, RecursionError, MemoryError, ValueError, OverflowError, TypeError, Unsupported, Exceeded,
 )
+_OTHER = 0  # begins what a shape says of a message that is more than a role and a text
 _SCALARS = frozenset((str, int, bool, float, type(None)))
 
 
@@ -195,11 +196,12 @@ def _shape_of(
         return None, leaves
     shape: list[Any] = []
     for message in messages:
-        text = message.get("content")
-        if len(message) == 2 and type(text) is str and next(iter(message)) == "role":
-            shape += "role", message["role"], "content", None
+        role, text = message.get("role"), message.get("content")
+        if len(message) == 2 and type(role) is type(text) is str and next(iter(message)) == "role":
+            shape.append(role)  # what all others are follows their mark
             leaves.append(text)
             continue
+        shape.append(_OTHER)
         for key, value in message.items():
             shape.append(key)
             if key == "role":
