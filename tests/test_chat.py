@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -156,6 +157,44 @@ def test_tools_are_objects_or_json_strings_of_them() -> None:
         with pytest.raises(DataError) as caught:
             Conversation.from_messages(chat, bad)
         assert caught.value.where.startswith("tools")
+
+
+def test_tools_that_are_like_others_but_for_a_type_are_looked_at_anew() -> None:
+    chat = [{"role": "user", "content": "a"}]
+
+    def tools(value: Any) -> Any:
+        return [{"type": "function", "function": {"name": "like", "parameters": {"x": value}}}]
+
+    for value in (1, True, 1.0, [1], "1", 1):
+        for _ in range(2):
+            (found,) = Conversation.from_messages(chat, tools(value)).tools or ()
+            assert repr(found) == repr(tools(value)[0])
+    for value in (float("nan"), (1,), {1: 2}, {1}, b"1", "\ud800", 10**2000):
+        for _ in range(2):
+            if value == (1,):  # a list, to Python
+                Conversation.from_messages(chat, tools(value))
+                continue
+            with pytest.raises(DataError):
+                Conversation.from_messages(chat, tools(value))
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"id": "c1"}, {"id": 7}, {"id": True}, {"id": "\ud800"}, {"name": ""}, {"name": 3}, {"name": "\ud800"},
+    {"arguments": None}, {"arguments": "{}"}, {"arguments": [1]}, {"arguments": {"x": float("inf")}},
+    {"arguments": {"x": [{"y": "\ud800"}]}}, {"arguments": {"x": 2**80}}, {"type": 1},
+])
+def test_a_call_is_read_at_once_as_it_is_read_field_by_field(change: dict[str, Any]) -> None:
+    of_call = {key: value for key, value in change.items() if key in ("id", "type")}
+    function = {"name": "f", "arguments": {"x": 1}} | {k: v for k, v in change.items() if k in ("name", "arguments")}
+
+    def read(kind: Any) -> Any:
+        call = kind({"type": "function", **of_call, "function": kind(function)})
+        try:
+            return Message.from_dict({"role": "assistant", "tool_calls": [call]})
+        except DataError as error:
+            return str(error)
+
+    assert read(dict) == read(MappingProxyType)  # which is looked at field by field
 
 
 PUT = ["", ",", "}", '"', "\\", "0", "e5", "-", "\n", "\\ud8"]

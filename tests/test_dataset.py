@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from chatloss import dataset as datasets
@@ -61,6 +63,17 @@ def test_any_example_is_read_alone(
     assert same(prepared[-1], encoded[-1]) and [len(rows) for rows in prepared[3:5]] == [1, 1]
     with pytest.raises(IndexError):
         prepared[len(encoded)]
+
+
+@pytest.mark.parametrize("export", ["rows", "labels"])
+def test_every_column_is_compressed_and_ids_best(export: str, directory: Path, tmp_path: Path) -> None:
+    if export == "labels":
+        prepare([str(chats_file())], directory := tmp_path / "out", replace(JOB, export="labels"), max_rejects=0.1)
+    group = pq.ParquetFile(next(directory.glob("shards/*.parquet"))).metadata.row_group(0)
+    codecs = {column.path_in_schema: column.compression for column in map(group.column, range(group.num_columns))}
+    assert set(codecs.values()) <= {"ZSTD", "SNAPPY"}
+    best = {name for name, codec in codecs.items() if codec == "ZSTD"}
+    assert best == ({"rest_ids.list.element"} if export == "rows" else set(codecs))
 
 
 def test_rows_know_their_decoder_and_survive_pickling(directory: Path) -> None:

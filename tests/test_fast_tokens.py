@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,23 @@ def test_ids_and_offsets_are_those_of_the_reference(name: str, data: st.DataObje
     added = list(both(name)[0].added)
     piece = st.one_of(st.sampled_from(PIECES), st.sampled_from(added), st.text(max_size=8))
     assert_equal(name, "".join(data.draw(st.lists(piece, max_size=8))))
+
+
+@pytest.mark.parametrize("name", ["demo", "qwen3", "gpt-oss"])
+@settings(max_examples=60)
+@given(data=st.data())
+def test_places_in_many_texts_are_those_in_each_by_the_reference(name: str, data: st.DataObject) -> None:
+    reference, fast = both(name)
+    piece = st.one_of(st.sampled_from(PIECES), st.sampled_from(["e\u0301", "🙂", "…"]), st.text(max_size=8))
+    texts = data.draw(st.lists(st.lists(piece, min_size=1, max_size=6).map("".join), min_size=1, max_size=5))
+    each = [data.draw(st.lists(st.integers(0, len(text)), min_size=1, max_size=6)) for text in texts]
+    counts, chars = np.array([*map(len, each)]), np.concatenate(each).astype(np.int32)
+    ids, firsts, starting, holding = fast.encode_at(texts, chars, counts)
+    at = 0
+    for text, places, (first, last) in zip(texts, each, pairwise(firsts), strict=True):
+        wanted, own = reference.encode_segment(text), slice(at, at := at + len(places))
+        assert np.array_equal(wanted.ids, ids[first:last]), text
+        assert wanted.tokens_at(places) == ((starting[own] - first).tolist(), (holding[own] - first).tolist()), text
 
 
 def with_added(*tokens: tuple[str, bool]) -> FastTokens:
