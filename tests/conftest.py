@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,6 +21,16 @@ settings.load_profile("chatloss")
 def loggers_speak() -> None:
     """Whatever a test before has silenced."""
     logging.disable(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_is_kept(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a module's cached functions hold (tokenizers, encoders with their recordings) goes when its tests end."""
+    yield
+    module = getattr(request.node, "obj", None)
+    for value in [*vars(module).values()] if isinstance(module, ModuleType) else ():
+        if hasattr(value, "cache_clear") and value.__module__ == module.__name__:
+            value.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ def schema(export: str) -> Any:
 def compressed(schema: Any) -> dict[str, Any]:
     """How a Parquet writer is to compress the columns of `schema`: those that hold ids well, the rest cheaply.
 
-    A row group begins each of its columns anew, and to begin takes zstd as long as ten kilobytes take it.
+    A row group begins each of its columns anew, which takes zstd longer than to compress a few kilobytes.
     """
     best = {f"{name}.list.element" for name in ("rest_ids", "input_ids", "attention_mask", "labels")}
     leaves = [leaf for field in schema for leaf in _leaves(field.name, field.type)]

@@ -137,11 +137,17 @@ class FlatTokens(FastTokens):
             wanted = chars + begins.repeat(counts)
             return made.ids, firsts, made.starts.searchsorted(wanted), made.ends.searchsorted(wanted, "right")
         ids, firsts, ends, begins, encoded = found
-        wanted, last = chars.copy(), counts.cumsum()
-        for k, data in enumerate(encoded):
-            if data is not None:  # where characters begin, which a token that holds a part of one counts as holding
-                own = slice(last[k] - counts[k], last[k])
-                wanted[own] = _begins(data)[wanted[own]]
+        wanted = chars.copy()
+        some = np.array([data is not None for data in encoded])
+        if some.any():  # where characters begin: a token that holds a part of one counts as holding it
+            own, there = some.repeat(counts), counts[some]
+            char, byte = (
+                np.array([0, *accumulate(sizes)][:-1]).repeat(there) for sizes in (
+                    [len(text) for text, data in zip(texts, encoded, strict=True) if data is not None],
+                    [len(data) for data in encoded if data is not None],
+                )
+            )
+            wanted[own] = _begins(b"".join(filter(None, encoded)))[wanted[own] + char] - byte
         wanted += begins.repeat(counts)
         # A token starts where the one before it ends.
         starting, holding = ends.searchsorted(wanted) + (wanted > 0), ends.searchsorted(wanted, "right")
