@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
+from dataclasses import FrozenInstanceError, fields, replace
+from inspect import signature
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +17,8 @@ from hypothesis import strategies as st
 from chatloss import values as json_values
 from chatloss.chat import Conversation, Message, ToolCall, split_think
 from chatloss.errors import DataError
+from chatloss.frozen import made_quickly
+from chatloss.sample import Sample
 from chatloss.values import check_json, parse_json
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=20)
@@ -195,6 +200,20 @@ def test_a_call_is_read_at_once_as_it_is_read_field_by_field(change: dict[str, A
             return str(error)
 
     assert read(dict) == read(MappingProxyType)  # which is looked at field by field
+
+
+def test_what_is_made_quickly_is_what_dataclass_makes() -> None:
+    made = Message("user", extra={"a": 1})
+    assert made == replace(made) == pickle.loads(pickle.dumps(made)) == Message(role="user", extra={"a": 1})
+    assert Message("user").extra == {} and Message("user").extra is not Message("user").extra
+    assert [*signature(Message).parameters] == [one.name for one in fields(Message)]
+    with pytest.raises(FrozenInstanceError):
+        made.role = "tool"  # type: ignore[misc]
+    for wrong in ((), ("user",) * 10):
+        with pytest.raises(TypeError):
+            Message(*wrong)
+    with pytest.raises(TypeError, match="does more than to hold"):
+        made_quickly(Sample)
 
 
 PUT = ["", ",", "}", '"', "\\", "0", "e5", "-", "\n", "\\ud8"]

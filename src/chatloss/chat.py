@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import marshal
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from typing import Any, TypeVar
 
 from chatloss.errors import DataError
 from chatloss.frozen import made_quickly
-from chatloss.kept import Kept
+from chatloss.kept import Kept, exact
 from chatloss.values import check_json, checked_text, is_json, is_text, kind_of, parse_json, shown
 
 __all__ = ["Conversation", "Label", "Message", "Preference", "Text", "ToolCall", "plain_message", "split_think",
@@ -94,10 +93,10 @@ class Message:
         """
         if (plain := plain_message(data)) is not None:
             return plain
-        if type(data) is dict and data.keys() <= _CALLING and type(calls := data.get("tool_calls")) is list and (
-            calls and type(role := data.get("role")) is str and role == "assistant"
-        ):
-            return cls("assistant", _content(data.get("content"), f"{where}.content"), None, _tool_calls(data, where))
+        if type(data) is dict and data.keys() <= _CALLING:
+            role, calls, content = data.get("role"), data.get("tool_calls"), data.get("content")
+            if type(role) is str and role == "assistant" and type(calls) is list and calls:
+                return cls("assistant", _content(content, f"{where}.content"), None, _tool_calls(data, where))
         if not isinstance(data, Mapping):
             raise DataError(f"a message must be an object, not {kind_of(data)}", where=where, hint=_FORM)
         role, here = data.get("role"), f"{where}.role"
@@ -340,10 +339,7 @@ def tools_of(value: object) -> tuple[Mapping[str, Any], ...] | None:
         value = parse_json(value, "tools") if value.strip() else []
     if type(value) is not list and (isinstance(value, str | Mapping) or not isinstance(value, Sequence)):
         raise DataError(f"tools must be a list, not {kind_of(value)}", where="tools", hint="give JSON schemas")
-    try:
-        form = marshal.dumps(value, 2)  # type: ignore[arg-type]  # which tells a tuple from a list, and 1 from true
-    except ValueError:
-        form = b""  # a kind of value that JSON does not give
+    form = exact(value)
     seen = form in _SEEN.texts
     tools = []
     for i, tool in enumerate(value):
@@ -353,6 +349,6 @@ def tools_of(value: object) -> tuple[Mapping[str, Any], ...] | None:
         if not seen:
             check_json(parsed, f"tools[{i}]")
         tools.append(dict(parsed))
-    if form and not seen:
+    if form is not None and not seen:
         _SEEN.keep(form, "")
     return tuple(tools) or None

@@ -167,8 +167,8 @@ class _EscapeFormatter(_Formatter, EscapeFormatter):
     """The same for text that is marked as safe."""
 
 
-# Filters that read all of their input at once: an iterator is read here, counted, and handed on as a list.
 _COLLECTIONS = frozenset((str, dict, list, tuple))
+# Filters that read all of their input at once: an iterator is read here, counted, and handed on as a list.
 _EAGER = frozenset("join list sum sort unique min max groupby batch slice reverse last string pprint".split())
 # Filters that do not look into their input.
 _SHALLOW = frozenset("map select reject selectattr rejectattr first default d attr length count items safe".split())
@@ -326,6 +326,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         meter, value = self.meter, args[0] if args else None
         if name == "tojson" and type(value) is dict and len(args) == 1 and not kwargs:  # the usual
             meter.size(value)
+            meter.tick(len(value) >> 4)
             return
         plain = type(value) in _COLLECTIONS  # which is known sooner than it is asked
         if not plain and isinstance(value, Iterator):

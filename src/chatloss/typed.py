@@ -10,7 +10,6 @@ stop, and none is the beginning of one.
 from __future__ import annotations
 
 import hashlib
-import marshal
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Mapping
@@ -22,7 +21,7 @@ import orjson
 
 from chatloss.chat import Conversation, Message, ToolCall
 from chatloss.fields import spellings
-from chatloss.kept import Kept
+from chatloss.kept import Kept, exact
 from chatloss.reference import Rendering, Stops
 from chatloss.template import ChatTemplate
 
@@ -172,17 +171,15 @@ class Controls:
         """Whether a closer look may find something: most chats say the same of their tools, at length."""
         if not tools:
             return False
-        try:
-            form = marshal.dumps(tools, 2)
-        except ValueError:
-            form = b""
-        if (known := self._of_tools.texts.get(form)) is None:
+        form = exact(tools)
+        known = None if form is None else self._of_tools.texts.get(form)
+        if known is None:
             try:
                 shown = orjson.dumps(tools).decode()
                 known = "yes" if any(start in shown for start in self._json_starts) else "no"
             except TypeError:  # integers beyond 64 bits
                 known = "yes"
-            if form:
+            if form is not None:
                 self._of_tools.keep(form, known)
         return known == "yes"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import marshal
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -11,7 +10,7 @@ from typing import Any
 
 from jinja2 import Template, nodes
 
-from chatloss.kept import Kept
+from chatloss.kept import Kept, exact
 from chatloss.meter import Meter
 from chatloss.sandbox import Sandbox
 
@@ -49,9 +48,8 @@ class OfTools:
         self._name, self._function, self._meter, self._kept = name, function, meter, kept
 
     def __call__(self, *args: Any, **kwargs: Any) -> str:
-        try:
-            of = marshal.dumps((self._name, args, kwargs), 2)  # which tells a tuple from a list, and 1 from true
-        except ValueError:
+        of = exact((self._name, args, kwargs))
+        if of is None:
             return self._function(*args, **kwargs)
         self._meter.tick(len(of) >> 4)
         found = self._kept.texts.get(of)

@@ -32,7 +32,7 @@ LONGEST_SHAPE, LONGEST_NAME, LONGEST_TEXT = 4096, 64, 2**20  # of what is kept f
 _NOT_COMPILED = (
     JinjaError, SyntaxError, RecursionError, MemoryError, ValueError, OverflowError, TypeError, Unsupported, Exceeded,
 )
-_OTHER = 0  # begins what a shape says of a message that is more than a role and a text
+_OTHER = ...  # begins what a shape says of a message that is more than a role and a text; equal to nothing else there
 _SCALARS = frozenset((str, int, bool, float, type(None)))
 
 
